@@ -1,0 +1,1 @@
+"""Diffusion pipelines on product-quantised latents; installed as `diffusers_pq.pipelines`."""

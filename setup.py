@@ -1,0 +1,54 @@
+import runpy
+from pathlib import Path
+
+from setuptools import setup
+
+
+root = Path(__file__).parent
+supported = runpy.run_path(str(root / "src/diffusers_pq/_versions.py"))["SUPPORTED"]
+
+train = [
+    "accelerate>=1.6",
+    "datasets>=4.0",
+    "lpips>=0.1.4",
+    "torchvision>=0.21",
+    "torchmetrics>=1.6",
+    "tensorboard>=2.16",
+    "tqdm>=4.66",
+    "pyyaml>=6.0",
+]
+eval_ = [
+    "torchmetrics>=1.6",
+    "lpips>=0.1.4",
+    "torchvision>=0.21",
+    "matplotlib>=3.9",
+    "scikit-image>=0.24",
+    "scikit-learn>=1.5",
+]
+dev = ["pytest>=8.0", "pytest-xdist>=3.6", "build>=1.2", "ruff>=0.12", "peft>=0.15"]
+
+setup(
+    name="diffusers_pq",
+    version="0.1.0",
+    description="Product-quantised image latents (PQGAN) and diffusion models on them, as a diffusers extension",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        "diffusers_pq",
+        "diffusers_pq.models",
+        "diffusers_pq.training",
+        "diffusers_pq.pipelines",
+    ],
+    package_dir={"diffusers_pq": "src/diffusers_pq", "diffusers_pq.pipelines": "pipelines"},
+    install_requires=[
+        *(package + versions for package, versions in supported.items()),
+        "accelerate>=1.6",
+        "numpy",
+        "packaging",
+        "pillow>=10.0",
+    ],
+    extras_require={"train": train, "eval": eval_, "dev": [*dev, *train, *eval_]},
+    entry_points={"console_scripts": ["diffusers-pq=diffusers_pq.cli:main"]},
+)

@@ -1,0 +1,43 @@
+"""Product-quantised image latents for diffusers.
+
+The public names are loaded on first use, so that `import diffusers_pq` neither imports torch nor diffusers.
+"""
+
+import importlib
+
+from ._registration import register_with_diffusers
+from ._versions import check_dependency_versions
+
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_PUBLIC = {
+    "PQModel": ".models.autoencoder_pq",
+    "PQEncoderOutput": ".models.autoencoder_pq",
+    "PQModelOutput": ".models.autoencoder_pq",
+    "ProductQuantizer": ".models.quantizer",
+    "ProductQuantizerOutput": ".models.quantizer",
+    "PatchDiscriminator": ".models.discriminator",
+    "StableDiffusionPQPipeline": ".pipelines.pipeline_stable_diffusion_pq",
+    # diffusers finds out how to load a component of a third-party library by asking that library for these two.
+    "ModelMixin": "diffusers",
+    "DiffusionPipeline": "diffusers",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+check_dependency_versions()
+register_with_diffusers()
+
+
+def __getattr__(name):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,62 @@
+"""The one place where diffusers is told about this package.
+
+diffusers only loads (and, from the Hub, only downloads) components whose library is a key of
+`diffusers.pipelines.pipeline_loading_utils.LOADABLE_CLASSES`, and only then writes the short name
+`["diffusers_pq", "PQModel"]` into `model_index.json`. That module imports torch and transformers, so registration
+waits until somebody imports it: `import diffusers_pq` alone stays light.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+
+
+_LOADING_UTILS = "diffusers.pipelines.pipeline_loading_utils"
+_METHODS = ["save_pretrained", "from_pretrained"]
+
+
+def _register(loading_utils):
+    if not isinstance(getattr(loading_utils, "LOADABLE_CLASSES", None), dict):
+        from ._versions import SUPPORTED
+
+        raise ImportError(
+            f"diffusers_pq cannot register with this diffusers: `{_LOADING_UTILS}.LOADABLE_CLASSES` is missing. "
+            f"Install diffusers{SUPPORTED['diffusers']}."
+        )
+    loading_utils.LOADABLE_CLASSES["diffusers_pq"] = {"ModelMixin": _METHODS, "DiffusionPipeline": _METHODS}
+
+
+class _RegisteringLoader(importlib.abc.Loader):
+    def __init__(self, loader):
+        self.loader = loader
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        self.loader.exec_module(module)
+        _register(module)
+
+
+class _LoadingUtilsFinder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != _LOADING_UTILS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+def register_with_diffusers():
+    """Make diffusers accept `diffusers_pq` as a component library, now or as soon as its loading code is imported.
+
+    Raises:
+        ImportError: if diffusers no longer has the table of loadable classes; the message names the supported versions.
+    """
+    loading_utils = sys.modules.get(_LOADING_UTILS)
+    if loading_utils is not None:
+        _register(loading_utils)
+    else:
+        sys.meta_path.insert(0, _LoadingUtilsFinder())

@@ -1,0 +1,171 @@
+"""Turn Debian's wallpapers and Tux Paint stamps into a captioned, credited image dataset."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL.Image import Resampling
+from tqdm import tqdm
+
+from .images import load_image, save_image
+
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = (
+    "tuxpaint-stamps-default",
+    "plasma-workspace-wallpapers",
+    "gnome-backgrounds",
+    "mate-backgrounds",
+    "ukui-wallpapers",
+)
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+# Thumbnails of the wallpapers, not pictures of their own.
+_SKIPPED_NAMES = {"screenshot", "preview"}
+
+
+@dataclass
+class SourcePicture:
+    """A picture file, its caption and the package that its licence is stated in."""
+
+    path: Path
+    text: str
+    package: str
+
+
+def fetch_packages(folder: Path):
+    """Download and unpack the Debian packages into `folder/<package>` with apt; those already there are kept."""
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise OSError(f"{tool} is needed to fetch the pictures. On other systems unpack the packages and give --source.")
+    for package in PACKAGES:
+        if (folder / package).is_dir():
+            continue
+        with tempfile.TemporaryDirectory(dir=folder) as download:
+            subprocess.run(["apt-get", "download", package], cwd=download, check=True, stdout=subprocess.DEVNULL)
+            (archive,) = Path(download).glob("*.deb")
+            unfinished = Path(download) / "unpacked"
+            subprocess.run(["dpkg-deb", "-x", archive, unfinished], check=True)
+            os.replace(unfinished, folder / package)
+
+
+def find_pictures(folder: Path) -> Iterator[SourcePicture]:
+    """
+    The pictures below `folder`, in a fixed order, each motif once.
+
+    The folder holds one unpacked Debian package in each sub-folder. A caption is line 1 of the `.txt` beside a stamp;
+    a wallpaper is captioned by its name.
+    """
+    for package in sorted(path for path in folder.iterdir() if path.is_dir()):
+        motifs = {}
+        for path in sorted(package.rglob("*")):
+            if path.suffix.lower() not in _SUFFIXES or path.stem in _SKIPPED_NAMES or not path.is_file():
+                continue
+            motif = _motif(path)
+            # Plasma ships one wallpaper in several sizes; the largest file is the one to keep.
+            if motif not in motifs or path.stat().st_size > motifs[motif].stat().st_size:
+                motifs[motif] = path
+        for motif, path in sorted(motifs.items()):
+            yield SourcePicture(path, _caption(path, motif), package.name)
+
+
+def _motif(path: Path) -> str:
+    if path.parent.name.startswith("images") and path.parent.parent.name == "contents":
+        return str(path.parent.parent.parent)
+    return str(path.with_suffix(""))
+
+
+def _caption(path: Path, motif: str) -> str:
+    text = path.with_suffix(".txt")
+    if text.is_file():
+        lines = text.read_text(encoding="utf-8", errors="replace").splitlines()
+        if lines and lines[0].strip():
+            return lines[0].strip()
+    words = re.sub(r"([a-z])([A-Z])", r"\1 \2", Path(motif).name)
+    return re.sub(r"[-_]+", " ", words).strip()
+
+
+def _is_validation(picture: SourcePicture, share: float) -> bool:
+    # By name, not by position, so that a picture stays on its side when the packages change.
+    digest = hashlib.sha256(f"{picture.package}/{picture.path.name}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") < share * 2**32
+
+
+def prepare_dataset(
+    output_dir: str | os.PathLike,
+    source: str | os.PathLike | None = None,
+    short_side: int = 512,
+    validation_share: float = 0.05,
+) -> dict[str, int]:
+    """
+    Write a Hugging Face `imagefolder` dataset with the columns `image`, `text` and `source`.
+
+    Args:
+        output_dir: Written whole or not at all; must not exist.
+        source (*optional*): A folder with one unpacked Debian package in each sub-folder; `None` fetches them with apt.
+        short_side (`int`): Larger pictures are shrunk to this shorter side.
+        validation_share (`float`): Share of the pictures in the validation split, in [0, 1).
+
+    Returns:
+        `dict[str, int]`: Pictures per split, and `skipped` for those that could not be read.
+
+    Raises:
+        FileExistsError: if `output_dir` exists.
+        ValueError: if no picture was found.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists():
+        raise FileExistsError(f"{output_dir} exists already: choose another folder or remove it.")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent) as scratch:
+        if source is None:
+            fetched = Path(scratch) / "packages"
+            fetched.mkdir()
+            fetch_packages(fetched)
+            source = fetched
+        unfinished = Path(scratch) / "dataset"
+        counts = _write_dataset(list(find_pictures(Path(source))), unfinished, short_side, validation_share)
+        if counts["train"] + counts["validation"] == 0:
+            raise ValueError(f"No pictures found below {source}; it must hold unpacked packages: {', '.join(PACKAGES)}.")
+        _write_credits(Path(source), unfinished)
+        os.replace(unfinished, output_dir)
+    return counts
+
+
+def _write_dataset(pictures: list[SourcePicture], folder: Path, short_side: int, validation_share: float) -> dict:
+    rows = {"train": [], "validation": []}
+    skipped = 0
+    for number, picture in enumerate(tqdm(pictures, desc="Preparing pictures")):
+        try:
+            image = load_image(picture.path)
+        except ValueError as error:
+            logger.warning("Skipped: %s", error)
+            skipped += 1
+            continue
+        split = "validation" if _is_validation(picture, validation_share) else "train"
+        scale = min(1.0, short_side / min(image.size))
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Resampling.LANCZOS, reducing_gap=3.0)
+        file_name = f"{number:05d}.png"
+        save_image(image, folder / split / file_name)
+        rows[split].append({"file_name": file_name, "text": picture.text, "source": picture.package})
+    for split, lines in rows.items():
+        if lines:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            (folder / split / "metadata.jsonl").write_text(text, encoding="utf-8")
+    return {split: len(lines) for split, lines in rows.items()} | {"skipped": skipped}
+
+
+def _write_credits(source: Path, folder: Path):
+    parts = ["The pictures come from these Debian packages; their authors and licences, as the packages state them:\n"]
+    for copyright_file in sorted(source.glob("*/usr/share/doc/*/copyright")):
+        text = copyright_file.read_text(encoding="utf-8", errors="replace")
+        parts.append(f"\n# {copyright_file.parent.name}\n\n{text}")
+    (folder / "CREDITS.txt").write_text("".join(parts), encoding="utf-8")

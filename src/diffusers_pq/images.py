@@ -1,0 +1,72 @@
+"""Pictures in and out: any size and mode to RGB tensors in [-1, 1] and back."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+import torch.nn.functional as F
+
+
+def load_image(path: str | os.PathLike) -> PIL.Image.Image:
+    """
+    Read a picture file as upright 8-bit RGB.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no picture or is damaged.
+    """
+    try:
+        with PIL.Image.open(path) as picture:
+            return to_rgb(picture)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"No such picture: {path}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Upright (EXIF), 8-bit RGB; transparent parts on white, 16-bit grey scaled to 8 bits."""
+    picture = PIL.ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = PIL.Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = PIL.Image.new("RGBA", picture.size, "white")
+        picture = PIL.Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def to_tensor(picture: PIL.Image.Image) -> torch.Tensor:
+    """An RGB picture as `[3, H, W]` float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] rounded to the 0 ... 255 they would be stored as; uint8, same shape."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: torch.Tensor) -> PIL.Image.Image:
+    """`[3, H, W]` in [-1, 1] as an 8-bit RGB picture."""
+    return PIL.Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def pad_to_multiple(images: torch.Tensor, factor: int) -> torch.Tensor:
+    """Repeat the last row and column of `[B, C, H, W]` until both sides are multiples of `factor`."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % factor, 0, -height % factor), mode="replicate")
+
+
+def save_image(picture: PIL.Image.Image, path: str | os.PathLike):
+    """Write a picture whole or not at all; the format follows the file name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        picture.save(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Models: the product quantiser, the autoencoder around it and its discriminator."""

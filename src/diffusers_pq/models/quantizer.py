@@ -1,0 +1,180 @@
+"""Product quantisation of latents (PQGAN, section 3.1)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.utils import BaseOutput
+
+
+# Distances held at once, in elements: small enough for a CPU's cache, large enough to fill a GPU. Memory therefore
+# never grows with (latent pixels x subspaces x codebook entries).
+_DISTANCES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+
+
+@dataclass
+class ProductQuantizerOutput(BaseOutput):
+    """
+    Output of [`ProductQuantizer`] and of [`PQModel.quantize`].
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch_size, latent_channels, height, width)`):
+            The quantised latents z_q, in the dtype of the input; gradients pass straight through to the input.
+        codes (`torch.LongTensor` of shape `(batch_size, num_subspaces, height, width)`):
+            Index of the nearest codebook entry in every subspace, in `[0, codebook_size)`.
+        loss (`torch.Tensor`, scalar, float32):
+            The codebook and commitment terms of Eq. 1, averaged over all elements.
+    """
+
+    latents: torch.Tensor
+    codes: torch.LongTensor
+    loss: torch.Tensor
+
+
+@torch.no_grad()
+def nearest_codes(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    """
+    Exact Euclidean nearest neighbour of every sub-vector in the codebook of its subspace.
+
+    The distances are computed in float32 whatever autocast or the inputs' dtype say: in half precision, neighbouring
+    entries become ties.
+
+    Args:
+        vectors (`torch.Tensor` of shape `(S, N, d/S)`): N sub-vectors for each of S subspaces.
+        codebooks (`torch.Tensor` of shape `(S, K, d/S)`): K entries for each subspace.
+
+    Returns:
+        `torch.LongTensor` of shape `(S, N)`: indices in `[0, K)`.
+    """
+    with torch.autocast(vectors.device.type, enabled=False):
+        vectors, entries = vectors.float(), codebooks.float()
+        squared_norms = entries.square().sum(-1).unsqueeze(1)
+        entries = entries.transpose(1, 2)
+        limit = _DISTANCES_AT_ONCE.get(vectors.device.type, 2**24)
+        rows = max(1, limit // (codebooks.shape[0] * codebooks.shape[1]))
+        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change which entry is nearest.
+        codes = [
+            torch.baddbmm(squared_norms, chunk, entries, alpha=-2).argmin(-1) for chunk in vectors.split(rows, dim=1)
+        ]
+    return torch.cat(codes, dim=1)
+
+
+class ProductQuantizer(nn.Module):
+    r"""
+    Splits every latent pixel of dimension d into S sub-vectors and snaps each to the nearest of the K entries of its
+    own codebook (PQGAN, section 3.1). S = 1 is vector quantisation, S = d scalar quantisation.
+
+    Parameters:
+        latent_channels (`int`): d, the dimension of a latent pixel.
+        num_subspaces (`int`): S; must divide `latent_channels`.
+        codebook_size (`int`): K >= 2, the number of entries in the codebook of each subspace.
+        commitment_beta (`float`, *optional*, defaults to 0.25):
+            beta of Eq. 1. As there (and in VQGAN's code) it weighs the term that moves the codebooks.
+
+    Attributes:
+        codebooks (`nn.Parameter` of shape `(S, K, d/S)`): starts from N(0, 1).
+
+    Raises:
+        ValueError: if S < 1, K < 2 or d is not divisible by S.
+    """
+
+    def __init__(self, latent_channels: int, num_subspaces: int, codebook_size: int, commitment_beta: float = 0.25):
+        super().__init__()
+        if num_subspaces < 1:
+            raise ValueError(f"`num_subspaces` must be at least 1, but is {num_subspaces}.")
+        if codebook_size < 2:
+            raise ValueError(f"`codebook_size` must be at least 2, but is {codebook_size}.")
+        if latent_channels < 1 or latent_channels % num_subspaces:
+            raise ValueError(
+                f"`latent_channels` must be a positive multiple of `num_subspaces`, but {latent_channels} is not "
+                f"divisible by {num_subspaces}. Choose `num_subspaces` among the divisors of `latent_channels`."
+            )
+        self.latent_channels = latent_channels
+        self.num_subspaces = num_subspaces
+        self.codebook_size = codebook_size
+        self.commitment_beta = commitment_beta
+        self.codebooks = nn.Parameter(torch.randn(num_subspaces, codebook_size, latent_channels // num_subspaces))
+
+    def extra_repr(self) -> str:
+        return f"d={self.latent_channels}, S={self.num_subspaces}, K={self.codebook_size}"
+
+    def split(self, latents: torch.Tensor) -> torch.Tensor:
+        """`[B, d, h, w]` latents to `[S, B*h*w, d/S]` sub-vectors; subspace s holds channels `s*d/S ... (s+1)*d/S - 1`."""
+        batch_size, _, height, width = latents.shape
+        sub_vectors = latents.reshape(batch_size, self.num_subspaces, -1, height * width)
+        return sub_vectors.permute(1, 0, 3, 2).reshape(self.num_subspaces, batch_size * height * width, -1)
+
+    def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
+        """
+        The codebook entries behind `codes`, differentiable in the codebooks.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(batch_size, num_subspaces, height, width)`): in `[0, codebook_size)`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, latent_channels, height, width)`, in the codebooks' dtype.
+
+        Raises:
+            ValueError: if the codes are not integers, have the wrong shape or lie outside `[0, codebook_size)`.
+        """
+        self._check_codes(codes)
+        batch_size, _, height, width = codes.shape
+        first_entry = torch.arange(self.num_subspaces, device=codes.device).view(-1, 1, 1) * self.codebook_size
+        entries = F.embedding(codes.long() + first_entry, self.codebooks.flatten(0, 1))
+        return entries.permute(0, 1, 4, 2, 3).reshape(batch_size, self.latent_channels, height, width)
+
+    def forward(self, latents: torch.Tensor) -> ProductQuantizerOutput:
+        """
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, latent_channels, height, width)`): z_e, any float dtype.
+
+        Returns:
+            [`ProductQuantizerOutput`]
+
+        Raises:
+            ValueError: if the shape is wrong or, in eval mode, a latent is not finite. In training mode non-finite
+                values pass on to the loss, where the training loop sees them without a device synchronisation here.
+        """
+        self._check_latents(latents)
+        batch_size, _, height, width = latents.shape
+        codes = nearest_codes(self.split(latents), self.codebooks)
+        codes = codes.view(self.num_subspaces, batch_size, height, width).transpose(0, 1).contiguous()
+
+        with torch.autocast(latents.device.type, enabled=False):
+            z_e, z_q = latents.float(), self.lookup(codes).float()
+            # Eq. 1: |z_e - sg(z_q)|^2 + beta |sg(z_e) - z_q|^2
+            loss = F.mse_loss(z_e, z_q.detach()) + self.commitment_beta * F.mse_loss(z_q, z_e.detach())
+            # Straight-through; z_e - sg(z_e) is exactly zero, so the value is the codebook entry to the last bit.
+            z_q = z_q.detach() + (z_e - z_e.detach())
+        return ProductQuantizerOutput(latents=z_q.to(latents.dtype), codes=codes, loss=loss)
+
+    def _check_latents(self, latents: torch.Tensor):
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"`latents` must have shape [batch, {self.latent_channels}, height, width] (latent_channels = "
+                f"{self.latent_channels}), but have shape {list(latents.shape)}."
+            )
+        if self.training or torch.compiler.is_compiling():
+            return
+        if not latents.isfinite().all():
+            bad = int((~latents.isfinite()).sum())
+            raise ValueError(
+                f"`latents` hold {bad} non-finite values (NaN or infinity) of {latents.numel()}. Look for a damaged "
+                f"input or for an overflow in {latents.dtype}; `force_upcast` or a float32 model avoids the latter."
+            )
+
+    def _check_codes(self, codes: torch.LongTensor):
+        if codes.is_floating_point() or codes.ndim != 4 or codes.shape[1] != self.num_subspaces:
+            raise ValueError(
+                f"`codes` must be integers of shape [batch, {self.num_subspaces}, height, width] (num_subspaces = "
+                f"{self.num_subspaces}), but are {codes.dtype} of shape {list(codes.shape)}."
+            )
+        if self.training or torch.compiler.is_compiling() or codes.numel() == 0:
+            return
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= self.codebook_size:
+            raise ValueError(
+                f"`codes` must lie in [0, {self.codebook_size - 1}] (codebook_size = {self.codebook_size}), but range "
+                f"from {low} to {high}. Were they made by a model with another codebook?"
+            )

@@ -1,0 +1,152 @@
+"""One view on the autoencoders that the trainer and the evaluation handle: `PQModel` and `AutoencoderKL`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from diffusers import AutoencoderKL
+
+from ..models.autoencoder_pq import PQModel
+from ..models.quantizer import ProductQuantizer, nearest_codes
+
+
+AUTOENCODERS = {"PQModel": PQModel, "AutoencoderKL": AutoencoderKL}
+
+
+@dataclass
+class Reconstruction:
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(B, 3, H, W)`): The reconstruction, about [-1, 1].
+        regularisation (`torch.Tensor`, scalar): Codebook and commitment loss of Eq. 1, or the KL divergence.
+        codes (`torch.LongTensor` of shape `(B, S, h, w)`, *optional*): The codes, `None` without a quantiser.
+    """
+
+    sample: torch.Tensor
+    regularisation: torch.Tensor
+    codes: torch.LongTensor | None
+
+
+def autoencoder_class(path_or_repo: str, **hub_kwargs) -> type:
+    """
+    The class named in a model's `config.json`.
+
+    Raises:
+        ValueError: if it is not one of `AUTOENCODERS`.
+    """
+    config = PQModel.load_config(path_or_repo, **hub_kwargs)
+    name = config.get("_class_name")
+    if name not in AUTOENCODERS:
+        raise ValueError(
+            f"{path_or_repo} holds a {name!r} in its config.json; known are {', '.join(AUTOENCODERS)}."
+        )
+    return AUTOENCODERS[name]
+
+
+def load_autoencoder(path_or_repo: str, **hub_kwargs) -> nn.Module:
+    """
+    Load a trained autoencoder from a folder or the Hub, in eval mode.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if the class is unknown or the weights do not fit the config (a damaged file).
+    """
+    model_class = autoencoder_class(path_or_repo, **hub_kwargs)
+    try:
+        return model_class.from_pretrained(path_or_repo, low_cpu_mem_usage=False, **hub_kwargs).eval()
+    except RuntimeError as error:
+        raise ValueError(f"The weights of {path_or_repo} do not fit its config.json: {error}") from error
+
+
+def create_autoencoder(config_name_or_path: str) -> nn.Module:
+    """A freshly initialised autoencoder from a `config.json`, a folder or a Hub repository that holds one."""
+    if config_name_or_path.endswith(".json"):
+        config = json.loads(Path(config_name_or_path).read_text(encoding="utf-8"))
+        if config.get("_class_name") not in AUTOENCODERS:
+            raise ValueError(f"{config_name_or_path} must name a `_class_name` out of {', '.join(AUTOENCODERS)}.")
+        return AUTOENCODERS[config["_class_name"]].from_config(config)
+    model_class = autoencoder_class(config_name_or_path)
+    return model_class.from_config(model_class.load_config(config_name_or_path))
+
+
+def downsampling_factor(model: nn.Module) -> int:
+    """F: the ratio of image side to latent side."""
+    return 2 ** (len(model.config.block_out_channels) - 1)
+
+
+def bits_per_pixel(model: nn.Module) -> float:
+    """Bits per image pixel of the stored latents: whole bits per code, or 16 (float16) per continuous value."""
+    if isinstance(model, PQModel):
+        return model.bits_per_pixel
+    return model.config.latent_channels * 16 / downsampling_factor(model) ** 2
+
+
+class ReconstructionModel(nn.Module):
+    """
+    Wraps an autoencoder so that one forward gives all that a training step needs; DDP then sees a single forward.
+
+    Args:
+        autoencoder: a [`PQModel`] or [`AutoencoderKL`].
+    """
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: torch.Tensor, quantize: bool = True) -> Reconstruction:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
+            quantize (`bool`): `False` decodes z_e itself, with a codebook loss of zero.
+        """
+        if isinstance(self.autoencoder, AutoencoderKL):
+            return self._reconstruct_kl(images)
+        if not quantize:
+            latents = self.autoencoder.encode(images).latents
+            sample = self.autoencoder.decode(latents, quantize=False).sample
+            # Zero, but touches the codebooks: every parameter of a DDP model must receive a gradient.
+            return Reconstruction(sample, 0.0 * self.autoencoder.quantizer.codebooks.sum(), None)
+        output = self.autoencoder(images)
+        return Reconstruction(output.sample, output.loss, output.codes)
+
+    def _reconstruct_kl(self, images: torch.Tensor) -> Reconstruction:
+        posterior = self.autoencoder.encode(images).latent_dist
+        latents = posterior.sample() if self.training else posterior.mode()
+        return Reconstruction(self.autoencoder.decode(latents).sample, posterior.kl().mean(), None)
+
+
+@torch.no_grad()
+def kmeans_codebooks(quantizer: ProductQuantizer, latents: torch.Tensor, iterations: int = 10):
+    """
+    Set the codebooks to k-means centres of latents, in every subspace at once.
+
+    Args:
+        quantizer ([`ProductQuantizer`]): Changed in place.
+        latents (`torch.Tensor` of shape `(B, d, h, w)`): At least K latent pixels.
+        iterations (`int`): Lloyd iterations. An entry that loses all its vectors restarts at a random one.
+
+    Raises:
+        ValueError: if there are fewer latent pixels than codebook entries.
+    """
+    vectors = quantizer.split(latents.float())
+    subspaces, count, dimension = vectors.shape
+    size = quantizer.codebook_size
+    if count < size:
+        raise ValueError(f"k-means needs at least codebook_size = {size} latent pixels, but was given {count}.")
+
+    def random_vectors():
+        picked = torch.rand(subspaces, count, device=vectors.device).argsort(-1)[:, :size]
+        return vectors.gather(1, picked.unsqueeze(-1).expand(-1, -1, dimension))
+
+    centres = random_vectors()
+    for _ in range(iterations):
+        codes = nearest_codes(vectors, centres)
+        members = torch.zeros(subspaces, size, device=vectors.device).scatter_add_(
+            1, codes, torch.ones_like(codes, dtype=torch.float32)
+        )
+        sums = torch.zeros_like(centres).scatter_add_(1, codes.unsqueeze(-1).expand(-1, -1, dimension), vectors)
+        means = sums / members.clamp(min=1).unsqueeze(-1)
+        centres = torch.where(members.unsqueeze(-1) > 0, means, random_vectors())
+    quantizer.codebooks.copy_(centres)

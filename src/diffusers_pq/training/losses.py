@@ -1,0 +1,49 @@
+"""Reconstruction and adversarial losses of VQGAN, which PQGAN takes over unchanged (Eq. 1)."""
+
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# torchvision's file name for the ImageNet weights of VGG16, the backbone of LPIPS.
+_VGG_FILE = "vgg16-397923af.pth"
+
+
+def load_perceptual_loss() -> nn.Module:
+    """
+    LPIPS on VGG16, frozen; its forward takes two image batches in [-1, 1] and returns `[B, 1, 1, 1]`.
+
+    Raises:
+        FileNotFoundError: if the VGG16 weights are neither in torch's hub cache nor downloadable.
+    """
+    import lpips
+
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / _VGG_FILE
+    try:
+        loss = lpips.LPIPS(net="vgg", verbose=False)
+    except OSError as error:  # urllib's URLError is one
+        raise FileNotFoundError(
+            f"LPIPS needs the VGG16 weights, which could not be downloaded ({error}). Put torchvision's {_VGG_FILE} "
+            f"at {cached}, or switch the term off with `--perceptual_weight 0`."
+        ) from error
+    return loss.eval().requires_grad_(False)
+
+
+def hinge_discriminator_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """Half the sum of the hinge losses on real and reconstructed patches."""
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def adaptive_weight(
+    reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor, last_layer: nn.Parameter
+) -> torch.Tensor:
+    """
+    VQGAN's adaptive weight of the adversarial term: the ratio of the two losses' gradient norms at the decoder's last
+    layer, at most 1e4.
+    """
+    (reconstruction_grad,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
+    (generator_grad,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
+    ratio = reconstruction_grad.norm() / (generator_grad.norm() + 1e-4)
+    return ratio.clamp(0.0, 1e4).detach()

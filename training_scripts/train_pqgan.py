@@ -1,0 +1,324 @@
+#!/usr/bin/env python
+"""Train a PQGAN (or a VQ or KL autoencoder on the same backbone) on any image dataset.
+
+    accelerate launch training_scripts/train_pqgan.py --model_config_name_or_path model_cards/pqgan-f8 \
+        --dataset_name ILSVRC/imagenet-1k --output_dir runs/pqgan-f8
+
+The defaults are the paper's (Table 4, appendix A.1) for one process; `training_scripts/README.md` has the recipes.
+"""
+
+import argparse
+import json
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+from torchvision.utils import make_grid
+from tqdm.auto import tqdm
+
+from diffusers_pq import PatchDiscriminator
+from diffusers_pq.images import to_uint8
+from diffusers_pq.metrics import CodebookUsage, psnr
+from diffusers_pq.training.autoencoders import (
+    ReconstructionModel,
+    create_autoencoder,
+    kmeans_codebooks,
+    load_autoencoder,
+)
+from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
+from diffusers_pq.training.data import RandomCrops, collate_crops, load_images
+from diffusers_pq.training.losses import load_perceptual_loss
+from diffusers_pq.training.trainer import AutoencoderLoss, LossWeights
+from diffusers_pq.training.validation import evaluate_reconstruction
+
+
+logger = get_logger(__name__)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_config_name_or_path", help="config.json, folder or Hub repository to start afresh from")
+    model.add_argument("--pretrained_model_name_or_path", help="trained autoencoder to fine-tune")
+    model.add_argument("--quantize_from_step", type=int, default=0, help="train without quantiser up to this step")
+    model.add_argument(
+        "--codebook_init",
+        choices=("normal", "kmeans"),
+        default="normal",
+        help="N(0, 1) as in the paper, or k-means centres of one batch's latents at --quantize_from_step",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", help="Hub dataset or local dataset folder")
+    data.add_argument("--dataset_config_name")
+    data.add_argument("--train_data_dir", help="folder in the imagefolder layout")
+    data.add_argument("--image_column", default="image")
+    data.add_argument("--cache_dir")
+    data.add_argument("--resolution", type=int, default=256)
+    data.add_argument("--random_flip", action="store_true")
+    data.add_argument("--crops_per_image", type=int, default=1, help="crops cut from each decoded picture")
+    data.add_argument("--dataloader_num_workers", type=int, default=0)
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--train_batch_size", type=int, default=20, help="crops per process and step")
+    optim.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    optim.add_argument("--gradient_checkpointing", action="store_true")
+    optim.add_argument("--max_train_steps", type=int, default=1_000_000)
+    optim.add_argument("--learning_rate", type=float, default=4.5e-6)
+    optim.add_argument("--discriminator_learning_rate", type=float, help="defaults to --learning_rate")
+    optim.add_argument("--lr_scheduler", default="constant")
+    optim.add_argument("--lr_warmup_steps", type=int, default=0)
+    optim.add_argument("--adam_beta1", type=float, default=0.5)
+    optim.add_argument("--adam_beta2", type=float, default=0.9)
+    optim.add_argument("--max_grad_norm", type=float, help="clip gradients to this norm; off by default")
+    optim.add_argument("--use_ema", action="store_true")
+    optim.add_argument("--ema_decay", type=float, default=0.9999)
+    optim.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
+    optim.add_argument("--channels_last", action="store_true", help="memory format that convolutions prefer")
+    optim.add_argument("--seed", type=int)
+    loss = parser.add_argument_group("losses (0 switches a term off)")
+    loss.add_argument("--perceptual_weight", type=float, default=1.0)
+    loss.add_argument("--codebook_weight", type=float, default=1.0)
+    loss.add_argument("--kl_weight", type=float, default=1e-6, help="for an AutoencoderKL")
+    loss.add_argument("--discriminator_weight", type=float, default=0.8)
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default="pqgan")
+    run.add_argument("--logging_dir", default="logs")
+    run.add_argument("--report_to", default="tensorboard")
+    run.add_argument("--checkpointing_steps", type=int, default=5000)
+    run.add_argument("--checkpoints_total_limit", type=int)
+    run.add_argument("--resume_from_checkpoint", help='"latest" or a checkpoint')
+    run.add_argument("--validation_steps", type=int, default=5000)
+    run.add_argument("--num_validation_images", type=int, default=64)
+    run.add_argument("--push_to_hub", action="store_true")
+    run.add_argument("--hub_model_id")
+    run.add_argument("--hub_token")
+    args = parser.parse_args(argv)
+
+    if (args.model_config_name_or_path is None) == (args.pretrained_model_name_or_path is None):
+        parser.error("give exactly one of --model_config_name_or_path and --pretrained_model_name_or_path")
+    if args.train_batch_size % args.crops_per_image:
+        parser.error(
+            f"--train_batch_size {args.train_batch_size} must be a multiple of --crops_per_image {args.crops_per_image}"
+        )
+    return args
+
+
+def build_model(args):
+    if args.pretrained_model_name_or_path:
+        autoencoder = load_autoencoder(args.pretrained_model_name_or_path).train()
+    else:
+        autoencoder = create_autoencoder(args.model_config_name_or_path)
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    if args.resolution % factor:
+        raise ValueError(f"--resolution {args.resolution} must be a multiple of the downsampling factor F = {factor}.")
+    if args.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    if args.channels_last:
+        autoencoder.to(memory_format=torch.channels_last)
+    return ReconstructionModel(autoencoder)
+
+
+def build_loaders(args):
+    def load(split):
+        return load_images(
+            args.dataset_name, args.train_data_dir, args.image_column, split, args.dataset_config_name, args.cache_dir
+        )
+
+    train, validation = load("train"), load("validation")
+    if train is None:
+        raise ValueError("The dataset has no `train` split.")
+    train.set_transform(RandomCrops(args.image_column, args.resolution, args.crops_per_image, False, args.random_flip))
+    train_loader = DataLoader(
+        train,
+        batch_size=args.train_batch_size // args.crops_per_image,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collate_crops,
+        num_workers=args.dataloader_num_workers,
+    )
+    if len(train_loader) == 0:
+        raise ValueError(f"The train split has {len(train)} pictures, fewer than one batch holds.")
+    if validation is None:
+        logger.warning("The dataset has no `validation` split: no validation.")
+        return train_loader, None
+    validation = validation.select(range(min(args.num_validation_images, len(validation))))
+    validation.set_transform(RandomCrops(args.image_column, args.resolution, center_crop=True))
+    return train_loader, DataLoader(validation, batch_size=args.train_batch_size, collate_fn=collate_crops)
+
+
+def validate(accelerator, model, loader, step, quantize):
+    model = accelerator.unwrap_model(model)
+    scores = evaluate_reconstruction(model, loader, quantize)
+    accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=step)
+    images = next(iter(loader))[:8].to(accelerator.device)
+    model.eval()
+    with torch.no_grad():
+        pairs = torch.cat([images, model(images, quantize=quantize).sample])
+    model.train()
+    grid = make_grid(to_uint8(pairs), nrow=len(images))
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("validation/original_and_reconstruction", grid, step)
+    logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+
+@contextmanager
+def ema_weights(ema, autoencoder):
+    """Hold the averaged weights in the model for a while."""
+    if ema is None:
+        yield
+        return
+    ema.store(autoencoder.parameters())
+    ema.copy_to(autoencoder.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(autoencoder.parameters())
+
+
+def codebook_use(codes, autoencoder):
+    """Share of the entries that this batch used, over all subspaces."""
+    usage = CodebookUsage(autoencoder.config.num_subspaces, autoencoder.config.codebook_size)
+    usage.update(codes)
+    return 1 - usage.compute()["dead"]
+
+
+def save_model(args, accelerator, model, discriminator, ema):
+    autoencoder = accelerator.unwrap_model(model).autoencoder
+    if ema is not None:
+        ema.copy_to(autoencoder.parameters())
+    autoencoder.save_pretrained(args.output_dir)
+    if discriminator is not None:
+        accelerator.unwrap_model(discriminator).save_pretrained(Path(args.output_dir) / "discriminator")
+    if args.push_to_hub:
+        repo_id = args.hub_model_id or Path(args.output_dir).name
+        autoencoder.push_to_hub(repo_id, token=args.hub_token)
+
+
+def main(args):
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    if args.seed is not None:
+        set_seed(args.seed)
+
+    model = build_model(args)
+    train_loader, validation_loader = build_loaders(args)
+    is_quantized = hasattr(model.autoencoder, "quantizer")
+    weights = LossWeights(
+        args.perceptual_weight, args.codebook_weight if is_quantized else args.kl_weight, args.discriminator_weight
+    )
+    perceptual_loss = load_perceptual_loss().to(accelerator.device) if args.perceptual_weight else None
+    discriminator = PatchDiscriminator() if args.discriminator_weight else None
+
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=betas)
+    # The schedulers of accelerate take one step per process at each optimisation step.
+    schedule = {
+        "name": args.lr_scheduler,
+        "num_warmup_steps": args.lr_warmup_steps * accelerator.num_processes,
+        "num_training_steps": args.max_train_steps * accelerator.num_processes,
+    }
+    model, optimizer, train_loader, lr_scheduler = accelerator.prepare(
+        model, optimizer, train_loader, get_scheduler(optimizer=optimizer, **schedule)
+    )
+    if discriminator is not None:
+        rate = args.discriminator_learning_rate or args.learning_rate
+        d_optimizer = torch.optim.Adam(discriminator.parameters(), lr=rate, betas=betas)
+        discriminator, d_optimizer, d_scheduler = accelerator.prepare(
+            discriminator, d_optimizer, get_scheduler(optimizer=d_optimizer, **schedule)
+        )
+    ema = None
+    if args.use_ema:
+        parameters = accelerator.unwrap_model(model).autoencoder.parameters()
+        ema = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True)
+        ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(ema)
+    losses = AutoencoderLoss(weights, perceptual_loss, discriminator, accelerator)
+
+    step = 0
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        step = checkpoint_step(checkpoint)
+        logger.info("Resumed from %s", checkpoint)
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        settings = {key: value for key, value in vars(args).items() if key != "hub_token"}
+        Path(args.output_dir, "training_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        accelerator.init_trackers("pqgan")
+
+    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
+    batches_per_epoch = len(train_loader)
+    batches_done = step * args.gradient_accumulation_steps
+    epoch = batches_done // batches_per_epoch
+    model.train()
+    while step < args.max_train_steps:
+        train_loader.set_epoch(epoch)
+        skipped = batches_done - epoch * batches_per_epoch
+        for images in accelerator.skip_first_batches(train_loader, skipped) if skipped else train_loader:
+            quantize = step >= args.quantize_from_step
+            if step == args.quantize_from_step and batches_done == step * args.gradient_accumulation_steps:
+                if is_quantized and args.codebook_init == "kmeans":
+                    autoencoder = accelerator.unwrap_model(model).autoencoder
+                    with torch.no_grad():
+                        kmeans_codebooks(autoencoder.quantizer, autoencoder.encode(images).latents)
+            with accelerator.accumulate(model, *([discriminator] if discriminator is not None else [])):
+                output = model(images, quantize=quantize)
+                loss, logs = losses.generator(model, images, output)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+
+                if discriminator is not None:
+                    d_loss = losses.discriminator_loss(images, output.sample)
+                    accelerator.backward(d_loss)
+                    d_optimizer.step()
+                    d_scheduler.step()
+                    d_optimizer.zero_grad()
+                    logs["discriminator_loss"] = d_loss.detach()
+            batches_done += 1
+            if not accelerator.sync_gradients:
+                continue
+
+            step += 1
+            progress.update()
+            if ema is not None:
+                ema.step(accelerator.unwrap_model(model).autoencoder.parameters())
+            logs["psnr"] = psnr(to_uint8(output.sample), to_uint8(images)).mean()
+            if output.codes is not None:
+                logs["codebook_use"] = codebook_use(output.codes, accelerator.unwrap_model(model).autoencoder)
+            logs = {name: float(value) for name, value in logs.items()}
+            progress.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "psnr", "codebook_use") if name in logs})
+            accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=step)
+
+            if step % args.checkpointing_steps == 0:
+                save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+            if validation_loader is not None and step % args.validation_steps == 0 and accelerator.is_main_process:
+                with ema_weights(ema, accelerator.unwrap_model(model).autoencoder):
+                    validate(accelerator, model, validation_loader, step, quantize)
+            if step == args.max_train_steps:
+                break
+        epoch += 1
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_model(args, accelerator, model, discriminator, ema)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
