@@ -31,6 +31,7 @@ from diffusers_pq.training.autoencoders import (
     create_autoencoder,
     kmeans_codebooks,
     load_autoencoder,
+    orthogonal_init,
 )
 from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
 from diffusers_pq.training.data import RandomCrops, collate_crops, load_images
@@ -47,6 +48,7 @@ def parse_args(argv=None):
     model = parser.add_argument_group("model")
     model.add_argument("--model_config_name_or_path", help="config.json, folder or Hub repository to start afresh from")
     model.add_argument("--pretrained_model_name_or_path", help="trained autoencoder to fine-tune")
+    model.add_argument("--weight_init", choices=("default", "orthogonal"), default="default")
     model.add_argument("--quantize_from_step", type=int, default=0, help="train without quantiser up to this step")
     model.add_argument(
         "--codebook_init",
@@ -114,6 +116,8 @@ def build_model(args):
         autoencoder = load_autoencoder(args.pretrained_model_name_or_path).train()
     else:
         autoencoder = create_autoencoder(args.model_config_name_or_path)
+        if args.weight_init == "orthogonal":
+            orthogonal_init(autoencoder)
     factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     if args.resolution % factor:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of the downsampling factor F = {factor}.")

@@ -1,0 +1,38 @@
+import os
+
+
+# Tests never wait for a network: the models and data they use are built here.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from diffusers_pq import PQModel  # noqa: E402
+
+
+def tiny_config(**overrides):
+    """A PQModel of F=4 with d=8, S=4, K=16 that runs in milliseconds."""
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+        "z_channels": 12,
+        "latent_channels": 8,
+        "num_subspaces": 4,
+        "codebook_size": 16,
+    }
+    return config | overrides
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return PQModel(**tiny_config()).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1

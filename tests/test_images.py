@@ -1,0 +1,71 @@
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from diffusers_pq.images import load_image, pad_to_multiple, save_image, to_pil, to_tensor
+
+
+@pytest.fixture
+def colours():
+    return np.random.default_rng(0).integers(0, 256, (11, 17, 3), dtype=np.uint8)
+
+
+def test_tensors_hold_pictures_without_loss(colours):
+    picture = PIL.Image.fromarray(colours)
+    tensor = to_tensor(picture)
+    assert tensor.shape == (3, 11, 17) and tensor.min() >= -1 and tensor.max() <= 1
+    assert np.array_equal(np.asarray(to_pil(tensor)), colours)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA", "LA", "I;16", "YCbCr"])
+def test_any_mode_becomes_rgb(colours, tmp_path, mode):
+    if mode == "I;16":
+        picture = PIL.Image.fromarray(colours[..., 0].astype(np.uint16) * 257)
+    else:
+        picture = PIL.Image.fromarray(colours).convert(mode)
+    suffix = "tif" if mode in ("CMYK", "YCbCr") else "png"
+    picture.save(tmp_path / f"picture.{suffix}")
+    loaded = load_image(tmp_path / f"picture.{suffix}")
+    assert loaded.mode == "RGB" and loaded.size == (17, 11)
+    if mode == "I;16":
+        assert np.array_equal(np.asarray(loaded)[..., 0], colours[..., 0])
+
+
+def test_transparency_becomes_white(tmp_path):
+    PIL.Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    picture = PIL.Image.new("RGB", (6, 4))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").size == (4, 6)
+
+
+def test_padding_repeats_the_border():
+    image = torch.arange(15.0).view(1, 1, 3, 5)
+    padded = pad_to_multiple(image, 4)
+    assert padded.shape == (1, 1, 4, 8)
+    assert torch.equal(padded[..., :3, :5], image) and torch.equal(padded[..., 3, :], padded[..., 2, :])
+
+
+def test_what_is_no_picture_is_refused(colours, tmp_path):
+    with pytest.raises(FileNotFoundError, match="No such picture: .*absent.png"):
+        load_image(tmp_path / "absent.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(ValueError, match="text.png cannot be read as a picture"):
+        load_image(tmp_path / "text.png")
+    PIL.Image.fromarray(colours.repeat(10, 0)).save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="cut.png cannot be read"):
+        load_image(tmp_path / "cut.png")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError):
+        save_image(PIL.Image.new("RGB", (2, 2)), tmp_path / "out.nonsense")
+    assert not list(tmp_path.iterdir())

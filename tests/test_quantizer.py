@@ -1,0 +1,125 @@
+import pytest
+import torch
+
+from diffusers_pq import ProductQuantizer
+from diffusers_pq.models import quantizer as quantizer_module
+
+
+def brute_force(latents, codebooks):
+    """Nearest entries by explicit float64 distances, one subspace after the other."""
+    subspaces, _, dimension = codebooks.shape
+    codes = []
+    for s in range(subspaces):
+        part = latents[:, s * dimension : (s + 1) * dimension].double().permute(0, 2, 3, 1).unsqueeze(-2)
+        codes.append((part - codebooks[s].double()).square().sum(-1).argmin(-1))
+    return torch.stack(codes, 1)
+
+
+@pytest.mark.parametrize("num_subspaces", [1, 2, 4, 8], ids=["VQ", "PQ-2", "PQ-4", "scalar"])
+def test_codes_equal_float64_brute_force(num_subspaces):
+    torch.manual_seed(0)
+    quantizer = ProductQuantizer(8, num_subspaces, 32).eval()
+    latents = torch.randn(3, 8, 5, 7)
+    output = quantizer(latents)
+    assert torch.equal(output.codes, brute_force(latents, quantizer.codebooks))
+    assert torch.equal(output.latents, quantizer.lookup(output.codes))
+
+
+def test_chunked_search_gives_the_same_codes(monkeypatch):
+    torch.manual_seed(0)
+    vectors, codebooks = torch.randn(4, 100, 2), torch.randn(4, 16, 2)
+    whole = quantizer_module.nearest_codes(vectors, codebooks)
+    monkeypatch.setitem(quantizer_module._DISTANCES_AT_ONCE, "cpu", 4 * 16 * 7)
+    assert torch.equal(quantizer_module.nearest_codes(vectors, codebooks), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_search_is_float32_under_autocast_and_for_half_latents(dtype):
+    torch.manual_seed(0)
+    quantizer = ProductQuantizer(4, 2, 512).eval()
+    latents = torch.randn(2, 4, 8, 8).to(dtype)
+    expected = brute_force(latents, quantizer.codebooks)
+    with torch.autocast("cpu", dtype):
+        output = quantizer(latents)
+    assert torch.equal(output.codes, expected)
+    assert output.latents.dtype == dtype and output.loss.dtype == torch.float32
+
+
+def test_loss_is_equation_1_and_gradients_go_where_it_says():
+    torch.manual_seed(0)
+    quantizer = ProductQuantizer(6, 3, 8, commitment_beta=0.25)
+    latents = torch.randn(2, 6, 4, 4, requires_grad=True)
+    output = quantizer(latents)
+    z_q = quantizer.lookup(output.codes)
+    error = (latents - z_q).square().mean()
+    torch.testing.assert_close(output.loss, 1.25 * error)
+
+    output.loss.backward()
+    elements = latents.numel()
+    torch.testing.assert_close(latents.grad, 2 * (latents - z_q).detach() / elements)
+    expected = torch.zeros_like(quantizer.codebooks)
+    pull = 0.25 * 2 * (z_q - latents).detach() / elements
+    for b, s, i, j in torch.cartesian_prod(*(torch.arange(n) for n in output.codes.shape)).tolist():
+        expected[s, output.codes[b, s, i, j]] += pull[b, 2 * s : 2 * s + 2, i, j]
+    torch.testing.assert_close(quantizer.codebooks.grad, expected)
+
+
+def test_straight_through_gradient_is_the_identity():
+    quantizer = ProductQuantizer(4, 2, 8)
+    latents = torch.randn(1, 4, 3, 3, requires_grad=True)
+    weight = torch.randn(1, 4, 3, 3)
+    (quantizer(latents).latents * weight).sum().backward()
+    assert torch.equal(latents.grad, weight)
+    assert quantizer.codebooks.grad is None or not quantizer.codebooks.grad.any()
+
+
+def test_codebooks_start_from_a_standard_normal():
+    torch.manual_seed(0)
+    codebooks = ProductQuantizer(64, 32, 512).codebooks
+    assert codebooks.shape == (32, 512, 2)
+    assert abs(codebooks.mean()) < 0.02 and abs(codebooks.std() - 1) < 0.02
+
+
+def test_compiles_without_graph_breaks():
+    torch.manual_seed(0)
+    quantizer = ProductQuantizer(8, 4, 16).eval()
+    latents = torch.randn(2, 8, 4, 4)
+    compiled = torch.compile(quantizer, fullgraph=True)(latents)
+    assert torch.equal(compiled.codes, quantizer(latents).codes)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((8, 3, 16), "8 is not divisible by 3"),
+        ((8, 0, 16), "`num_subspaces` must be at least 1, but is 0"),
+        ((8, 4, 1), "`codebook_size` must be at least 2, but is 1"),
+    ],
+)
+def test_impossible_shapes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ProductQuantizer(*arguments)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_latents_are_refused_in_eval_mode_only(bad):
+    quantizer = ProductQuantizer(4, 2, 8)
+    latents = torch.zeros(1, 4, 2, 2)
+    latents[0, 1, 0, 0] = bad
+    assert not quantizer(latents).loss.isfinite()
+    with pytest.raises(ValueError, match="1 non-finite values"):
+        quantizer.eval()(latents)
+
+
+def test_wrong_latents_and_codes_are_refused():
+    quantizer = ProductQuantizer(4, 2, 8).eval()
+    with pytest.raises(ValueError, match="latent_channels = 4"):
+        quantizer(torch.zeros(1, 5, 2, 2))
+    with pytest.raises(ValueError, match=r"must lie in \[0, 7\].*range from 0 to 8"):
+        quantizer.lookup(torch.tensor([0, 8]).view(1, 2, 1, 1))
+    with pytest.raises(ValueError, match="range from -1"):
+        quantizer.lookup(torch.tensor([0, -1]).view(1, 2, 1, 1))
+    with pytest.raises(ValueError, match="num_subspaces = 2"):
+        quantizer.lookup(torch.zeros(1, 3, 1, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="must be integers"):
+        quantizer.lookup(torch.zeros(1, 2, 1, 1))
