@@ -4,6 +4,10 @@ BIN = $(VENV)/bin
 
 .PHONY: install demo test quality style train-mini
 
+# Which mini model `make train-mini` trains: pq, vq or kl.
+MINI ?= pq
+MINI_STEPS ?= 4500
+
 # Installs once; setup.py is the only thing that makes it stale.
 $(VENV)/installed: setup.py src/diffusers_pq/_versions.py
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -14,8 +18,7 @@ $(VENV)/installed: setup.py src/diffusers_pq/_versions.py
 install: $(VENV)/installed
 
 demo: install
-	$(BIN)/python benchmarks/reconstruct_photographs.py --output_dir outputs/demo --models \
-		PQ=model_cards/pqgan-mini-f8-pq VQ=model_cards/pqgan-mini-f8-vq KL=model_cards/pqgan-mini-f8-kl
+	$(BIN)/python benchmarks/reconstruct_photographs.py --output_dir outputs/demo --models PQ=model_cards/pqgan-mini-f8-pq
 
 test: install
 	$(BIN)/python -m pytest tests
@@ -27,3 +30,17 @@ quality: install
 style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+data/debian: | install
+	$(BIN)/diffusers-pq prepare-data $@
+
+# The recipe of the shipped mini models, for a 2-core CPU; VGG weights are not needed.
+train-mini: install data/debian
+	$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/train_pqgan.py \
+		--model_config_name_or_path model_cards/pqgan-mini-f8-$(MINI)/config.json --train_data_dir data/debian \
+		--output_dir runs/pqgan-mini-f8-$(MINI) --max_train_steps $(MINI_STEPS) \
+		--resolution 64 --train_batch_size 16 --crops_per_image 4 --random_flip --mixed_precision bf16 --channels_last \
+		--weight_init orthogonal --quantize_from_step 200 --codebook_init kmeans \
+		--learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 100 --adam_beta1 0.9 --adam_beta2 0.99 \
+		--max_grad_norm 1 --perceptual_weight 0 --discriminator_weight 0 --seed 0 \
+		--checkpointing_steps 250 --checkpoints_total_limit 1 --validation_steps 250 --resume_from_checkpoint latest

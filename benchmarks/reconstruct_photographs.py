@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Reconstruct the held-out photographs with several autoencoders: a table, a JSON file and a picture.
 
-    python benchmarks/reconstruct_photographs.py --models PQ=model_cards/pqgan-mini-f8-pq VQ=model_cards/pqgan-mini-f8-vq
+python benchmarks/reconstruct_photographs.py --models PQ=model_cards/pqgan-mini-f8-pq VQ=model_cards/pqgan-mini-f8-vq
 """
 
 import argparse
@@ -49,7 +49,9 @@ def parse_args(argv=None):
 
 def summarise(model, results):
     """Means over the pictures; codebook use over all pictures together; median seconds."""
-    row = {name: statistics.mean(r.scores[name] for r in results.values()) for name in ("psnr", "ssim", "bits_per_pixel")}
+    row = {
+        name: statistics.mean(r.scores[name] for r in results.values()) for name in ("psnr", "ssim", "bits_per_pixel")
+    }
     row["seconds"] = statistics.median(r.scores["seconds"] for r in results.values())
     codes = [r.codes for r in results.values() if r.codes is not None]
     if codes:
@@ -70,7 +72,9 @@ def markdown_table(rows):
 
 def draw(photographs, results, path):
     names = list(results)
-    figure, axes = plt.subplots(len(photographs) * 2, len(names) + 1, figsize=(3 * (len(names) + 1), 5 * len(photographs)))
+    figure, axes = plt.subplots(
+        len(photographs) * 2, len(names) + 1, figsize=(3 * (len(names) + 1), 5 * len(photographs))
+    )
     for row, (photo, original) in enumerate(photographs.items()):
         pictures = [original, *(results[name][photo].picture for name in names)]
         left, top = CROPS[photo]
@@ -78,7 +82,11 @@ def draw(photographs, results, path):
             whole, detail = axes[2 * row, column], axes[2 * row + 1, column]
             whole.imshow(picture)
             detail.imshow(picture.crop((left, top, left + CROP_SIDE, top + CROP_SIDE)), interpolation="nearest")
-            title = "original" if column == 0 else f"{names[column - 1]}, {results[names[column - 1]][photo].scores['psnr']:.1f} dB"
+            title = (
+                "original"
+                if column == 0
+                else f"{names[column - 1]}, {results[names[column - 1]][photo].scores['psnr']:.1f} dB"
+            )
             whole.set_title(f"{photo}: {title}", fontsize=9)
             whole.axis("off")
             detail.axis("off")

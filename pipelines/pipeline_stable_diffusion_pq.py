@@ -7,8 +7,8 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 class StableDiffusionPQPipeline(StableDiffusionPipeline):
     r"""
-    [`StableDiffusionPipeline`] whose `vae` is a [`PQModel`]: the UNet denoises d-channel latents that are normalised per
-    channel, and the result is snapped to the codebooks before it is decoded.
+    [`StableDiffusionPipeline`] whose `vae` is a [`PQModel`]: the UNet denoises d-channel latents that are normalised
+    per channel, and the result is snapped to the codebooks before it is decoded.
 
     Everything else (prompts, schedulers, LoRA, textual inversion, IP-Adapter, callbacks, offloading) is the parent's.
 
@@ -50,8 +50,8 @@ class StableDiffusionPQPipeline(StableDiffusionPipeline):
         factor = self.vae_scale_factor
         if height % factor or width % factor:
             raise ValueError(
-                f"`height` and `width` must be multiples of the downsampling factor F = {factor}, but are {height} and "
-                f"{width}."
+                f"`height` and `width` must be multiples of the downsampling factor F = {factor}, but are {height} "
+                f"and {width}."
             )
         super().check_inputs(prompt, height, width, *args, **kwargs)
 
@@ -72,16 +72,16 @@ class StableDiffusionPQPipeline(StableDiffusionPipeline):
 
         Args:
             prompt (`str` or `list[str]`, *optional*): The prompt or prompts.
-            height, width (`int`, *optional*): Size in pixels, multiples of F; default: the UNet's sample size times F.
+            height, width (`int`, *optional*): Pixels, multiples of F; default: the UNet's sample size times F.
             quantize_latents (`bool`, *optional*, defaults to `True`):
                 Whether to snap the denoised latents to the codebooks before decoding.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"`, `"pt"` or `"latent"`; the latter gives the denoiser's latents, neither unscaled nor snapped.
+                `"pil"`, `"np"`, `"pt"` or `"latent"`; the latter are neither unscaled nor snapped.
             return_dict (`bool`, *optional*, defaults to `True`): Output class or plain tuple.
             kwargs: All other arguments of [`StableDiffusionPipeline.__call__`].
 
         Returns:
-            [`~pipelines.stable_diffusion.StableDiffusionPipelineOutput`] or `tuple`: `(images, nsfw_content_detected)`.
+            [`~pipelines.stable_diffusion.StableDiffusionPipelineOutput`] or a tuple of its two fields.
         """
         latents, nsfw = super().__call__(prompt, height, width, output_type="latent", return_dict=False, **kwargs)
         images = latents

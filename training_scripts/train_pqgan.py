@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -46,7 +46,9 @@ logger = get_logger(__name__)
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument("--model_config_name_or_path", help="config.json, folder or Hub repository to start afresh from")
+    model.add_argument(
+        "--model_config_name_or_path", help="config.json, folder or Hub repository to start afresh from"
+    )
     model.add_argument("--pretrained_model_name_or_path", help="trained autoencoder to fine-tune")
     model.add_argument("--weight_init", choices=("default", "orthogonal"), default="default")
     model.add_argument("--quantize_from_step", type=int, default=0, help="train without quantiser up to this step")
@@ -106,7 +108,8 @@ def parse_args(argv=None):
         parser.error("give exactly one of --model_config_name_or_path and --pretrained_model_name_or_path")
     if args.train_batch_size % args.crops_per_image:
         parser.error(
-            f"--train_batch_size {args.train_batch_size} must be a multiple of --crops_per_image {args.crops_per_image}"
+            f"--train_batch_size {args.train_batch_size} must be a multiple of "
+            f"--crops_per_image {args.crops_per_image}"
         )
     return args
 
@@ -186,6 +189,14 @@ def ema_weights(ema, autoencoder):
         ema.restore(autoencoder.parameters())
 
 
+def init_codebooks(accelerator, model, images):
+    """k-means on one process, then the same codebooks on all."""
+    autoencoder = accelerator.unwrap_model(model).autoencoder
+    with torch.no_grad():
+        kmeans_codebooks(autoencoder.quantizer, autoencoder.encode(images).latents)
+    broadcast(autoencoder.quantizer.codebooks.data)
+
+
 def codebook_use(codes, autoencoder):
     """Share of the entries that this batch used, over all subspaces."""
     usage = CodebookUsage(autoencoder.config.num_subspaces, autoencoder.config.codebook_size)
@@ -262,6 +273,7 @@ def main(args):
         Path(args.output_dir, "training_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         accelerator.init_trackers("pqgan")
 
+    kmeans_pending = is_quantized and args.codebook_init == "kmeans" and step <= args.quantize_from_step
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
     batches_per_epoch = len(train_loader)
     batches_done = step * args.gradient_accumulation_steps
@@ -272,11 +284,9 @@ def main(args):
         skipped = batches_done - epoch * batches_per_epoch
         for images in accelerator.skip_first_batches(train_loader, skipped) if skipped else train_loader:
             quantize = step >= args.quantize_from_step
-            if step == args.quantize_from_step and batches_done == step * args.gradient_accumulation_steps:
-                if is_quantized and args.codebook_init == "kmeans":
-                    autoencoder = accelerator.unwrap_model(model).autoencoder
-                    with torch.no_grad():
-                        kmeans_codebooks(autoencoder.quantizer, autoencoder.encode(images).latents)
+            if kmeans_pending and quantize:
+                init_codebooks(accelerator, model, images)
+                kmeans_pending = False
             with accelerator.accumulate(model, *([discriminator] if discriminator is not None else [])):
                 output = model(images, quantize=quantize)
                 loss, logs = losses.generator(model, images, output)
@@ -306,7 +316,9 @@ def main(args):
             if output.codes is not None:
                 logs["codebook_use"] = codebook_use(output.codes, accelerator.unwrap_model(model).autoencoder)
             logs = {name: float(value) for name, value in logs.items()}
-            progress.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "psnr", "codebook_use") if name in logs})
+            progress.set_postfix(
+                {name: f"{logs[name]:.3g}" for name in ("loss", "psnr", "codebook_use") if name in logs}
+            )
             accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=step)
 
             if step % args.checkpointing_steps == 0:

@@ -53,7 +53,7 @@ def register_with_diffusers():
     """Make diffusers accept `diffusers_pq` as a component library, now or as soon as its loading code is imported.
 
     Raises:
-        ImportError: if diffusers no longer has the table of loadable classes; the message names the supported versions.
+        ImportError: if diffusers has lost its table of loadable classes; the message names the supported versions.
     """
     loading_utils = sys.modules.get(_LOADING_UTILS)
     if loading_utils is not None:

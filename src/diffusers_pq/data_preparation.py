@@ -45,7 +45,9 @@ def fetch_packages(folder: Path):
     """Download and unpack the Debian packages into `folder/<package>` with apt; those already there are kept."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise OSError(f"{tool} is needed to fetch the pictures. On other systems unpack the packages and give --source.")
+            raise OSError(
+                f"{tool} is needed to fetch the pictures. On other systems unpack the packages and give --source."
+            )
     for package in PACKAGES:
         if (folder / package).is_dir():
             continue
@@ -110,7 +112,7 @@ def prepare_dataset(
 
     Args:
         output_dir: Written whole or not at all; must not exist.
-        source (*optional*): A folder with one unpacked Debian package in each sub-folder; `None` fetches them with apt.
+        source (*optional*): A folder with an unpacked Debian package in each sub-folder; `None` fetches them with apt.
         short_side (`int`): Larger pictures are shrunk to this shorter side.
         validation_share (`float`): Share of the pictures in the validation split, in [0, 1).
 
@@ -134,7 +136,9 @@ def prepare_dataset(
         unfinished = Path(scratch) / "dataset"
         counts = _write_dataset(list(find_pictures(Path(source))), unfinished, short_side, validation_share)
         if counts["train"] + counts["validation"] == 0:
-            raise ValueError(f"No pictures found below {source}; it must hold unpacked packages: {', '.join(PACKAGES)}.")
+            raise ValueError(
+                f"No pictures found below {source}; it must hold unpacked packages: {', '.join(PACKAGES)}."
+            )
         _write_credits(Path(source), unfinished)
         os.replace(unfinished, output_dir)
     return counts
@@ -152,7 +156,9 @@ def _write_dataset(pictures: list[SourcePicture], folder: Path, short_side: int,
             continue
         split = "validation" if _is_validation(picture, validation_share) else "train"
         scale = min(1.0, short_side / min(image.size))
-        image = image.resize([max(1, round(side * scale)) for side in image.size], Resampling.LANCZOS, reducing_gap=3.0)
+        image = image.resize(
+            [max(1, round(side * scale)) for side in image.size], Resampling.LANCZOS, reducing_gap=3.0
+        )
         file_name = f"{number:05d}.png"
         save_image(image, folder / split / file_name)
         rows[split].append({"file_name": file_name, "text": picture.text, "source": picture.package})

@@ -9,7 +9,7 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     PSNR in dB of every picture, for pictures of the range 0 ... 255.
 
     Args:
-        images, references (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): [`~diffusers_pq.images.to_uint8`] makes them.
+        images, references (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): See [`~diffusers_pq.images.to_uint8`].
 
     Returns:
         `torch.Tensor` of shape `(B,)`; infinite for identical pictures.

@@ -34,7 +34,7 @@ class PQModelOutput(BaseOutput):
     Output of [`PQModel`].
 
     Args:
-        sample (`torch.Tensor` of shape `(batch_size, out_channels, height, width)`): The reconstruction, about [-1, 1].
+        sample (`torch.Tensor` of shape `(batch_size, out_channels, height, width)`): Reconstruction, about [-1, 1].
         codes (`torch.LongTensor` of shape `(batch_size, num_subspaces, height / F, width / F)`): The codes.
         loss (`torch.Tensor`, scalar, float32): Codebook and commitment loss of Eq. 1.
     """
@@ -319,7 +319,8 @@ def _check_statistics(latent_channels: int, **statistics: list[float] | None):
     for name, values in statistics.items():
         if values is not None and len(values) != latent_channels:
             raise ValueError(
-                f"`{name}` must have one value for each of the {latent_channels} latent channels, but has {len(values)}."
+                f"`{name}` must have one value for each of the {latent_channels} latent channels, but has "
+                f"{len(values)}."
             )
     std = statistics["latents_std"]
     if std is not None and min(std) <= 0:

@@ -62,7 +62,11 @@ def blend_tiles(
                 output_size = [size * to_output for size in sizes]
                 total = torch.zeros(*result.shape[:2], *output_size, device=x.device)
                 weights = torch.zeros(output_size, device=x.device)
-            place = (..., slice(top * to_output, top * to_output + height), slice(left * to_output, left * to_output + width))
+            place = (
+                ...,
+                slice(top * to_output, top * to_output + height),
+                slice(left * to_output, left * to_output + width),
+            )
             total[place] += result * weight
             weights[place] += weight
     return (total / weights).to(result.dtype)

@@ -39,9 +39,7 @@ def autoencoder_class(path_or_repo: str, **hub_kwargs) -> type:
     config = PQModel.load_config(path_or_repo, **hub_kwargs)
     name = config.get("_class_name")
     if name not in AUTOENCODERS:
-        raise ValueError(
-            f"{path_or_repo} holds a {name!r} in its config.json; known are {', '.join(AUTOENCODERS)}."
-        )
+        raise ValueError(f"{path_or_repo} holds a {name!r} in its config.json; known are {', '.join(AUTOENCODERS)}.")
     return AUTOENCODERS[name]
 
 
@@ -55,7 +53,9 @@ def load_autoencoder(path_or_repo: str, **hub_kwargs) -> nn.Module:
     """
     model_class = autoencoder_class(path_or_repo, **hub_kwargs)
     # Only safetensors: a pickle could run code.
-    model, info = model_class.from_pretrained(path_or_repo, use_safetensors=True, output_loading_info=True, **hub_kwargs)
+    model, info = model_class.from_pretrained(
+        path_or_repo, use_safetensors=True, output_loading_info=True, **hub_kwargs
+    )
     if info["missing_keys"] or info["unexpected_keys"]:
         raise ValueError(
             f"The weights of {path_or_repo} do not fit its config.json: missing {info['missing_keys']}, "

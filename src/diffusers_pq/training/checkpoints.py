@@ -26,7 +26,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, total_limit: int | None):
-    """Write `checkpoint-<step>` under another name, rename it when it is complete, and drop the oldest beyond the limit."""
+    """Write `checkpoint-<step>` under another name, rename it when complete, and drop the oldest beyond the limit."""
     final = Path(output_dir) / f"checkpoint-{step}"
     unfinished = Path(output_dir) / f"unfinished-{final.name}"
     if accelerator.is_main_process:
@@ -67,4 +67,6 @@ def find_checkpoint(output_dir: str, resume_from: str | None) -> Path | None:
         if path.is_dir() and _NAME.fullmatch(path.name):
             return path
     names = ", ".join(path.name for path in existing) or "none"
-    raise FileNotFoundError(f"`--resume_from_checkpoint {resume_from}` does not exist. Checkpoints in {output_dir}: {names}.")
+    raise FileNotFoundError(
+        f"`--resume_from_checkpoint {resume_from}` does not exist. Checkpoints in {output_dir}: {names}."
+    )
