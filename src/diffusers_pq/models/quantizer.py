@@ -100,7 +100,7 @@ class ProductQuantizer(nn.Module):
         return f"d={self.latent_channels}, S={self.num_subspaces}, K={self.codebook_size}"
 
     def split(self, latents: torch.Tensor) -> torch.Tensor:
-        """`[B, d, h, w]` latents to `[S, B*h*w, d/S]` sub-vectors; subspace s holds channels s d/S to (s+1) d/S - 1."""
+        """`[B, d, h, w]` latents to `[S, B*h*w, d/S]` sub-vectors; channels s d/S to (s+1) d/S - 1 are subspace s."""
         batch_size, _, height, width = latents.shape
         sub_vectors = latents.reshape(batch_size, self.num_subspaces, -1, height * width)
         return sub_vectors.permute(1, 0, 3, 2).reshape(self.num_subspaces, batch_size * height * width, -1)
