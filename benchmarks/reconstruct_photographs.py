@@ -11,16 +11,12 @@ import platform
 import statistics
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
+import torch
 
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-
-from diffusers_pq.photographs import load_photographs  # noqa: E402
-from diffusers_pq.reconstruction import codebook_usage, reconstruct_picture  # noqa: E402
-from diffusers_pq.training.autoencoders import load_autoencoder  # noqa: E402
+from diffusers_pq.photographs import load_photographs
+from diffusers_pq.reconstruction import codebook_usage, reconstruct_picture
+from diffusers_pq.training.autoencoders import load_autoencoder
 
 
 COLUMNS = ("psnr", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")
@@ -77,16 +73,12 @@ def draw(photographs, results, path):
     )
     for row, (photo, original) in enumerate(photographs.items()):
         pictures = [original, *(results[name][photo].picture for name in names)]
+        titles = ["original", *(f"{name}, {results[name][photo].scores['psnr']:.1f} dB" for name in names)]
         left, top = CROPS[photo]
-        for column, picture in enumerate(pictures):
+        for column, (picture, title) in enumerate(zip(pictures, titles)):
             whole, detail = axes[2 * row, column], axes[2 * row + 1, column]
             whole.imshow(picture)
             detail.imshow(picture.crop((left, top, left + CROP_SIDE, top + CROP_SIDE)), interpolation="nearest")
-            title = (
-                "original"
-                if column == 0
-                else f"{names[column - 1]}, {results[names[column - 1]][photo].scores['psnr']:.1f} dB"
-            )
             whole.set_title(f"{photo}: {title}", fontsize=9)
             whole.axis("off")
             detail.axis("off")

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from diffusers import UNet2DConditionModel  # noqa: E402
 
 from diffusers_pq import PQModel  # noqa: E402
 
@@ -25,6 +26,22 @@ def tiny_config(**overrides):
         "codebook_size": 16,
     }
     return config | overrides
+
+
+def tiny_unet(channels):
+    """A text-conditioned UNet for latents of 8 x 8 pixels and prompt embeddings of dimension 16."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )
 
 
 @pytest.fixture

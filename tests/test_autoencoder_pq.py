@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from conftest import tiny_config, tiny_unet
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
@@ -167,20 +167,8 @@ def test_compile_matches_eager(model, images):
 def test_is_a_vae_of_the_stock_pipeline(tmp_path):
     torch.manual_seed(0)
     vae = PQModel(**tiny_config(scaling_factor=0.5))
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=8,
-        out_channels=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    )
     pipeline = StableDiffusionPipeline(
-        vae, None, None, unet, DDIMScheduler(), None, None, requires_safety_checker=False
+        vae, None, None, tiny_unet(8), DDIMScheduler(), None, None, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     prompt = {"prompt_embeds": torch.randn(1, 4, 16), "negative_prompt_embeds": torch.randn(1, 4, 16)}

@@ -1,25 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from conftest import tiny_config, tiny_unet
+from diffusers import DDIMScheduler
 
 from diffusers_pq import PQModel, StableDiffusionPQPipeline
-
-
-def tiny_unet(channels):
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    )
 
 
 @pytest.fixture

@@ -25,10 +25,12 @@ from tqdm.auto import tqdm
 
 from diffusers_pq import PatchDiscriminator
 from diffusers_pq.images import to_uint8
-from diffusers_pq.metrics import CodebookUsage, psnr
+from diffusers_pq.metrics import psnr
+from diffusers_pq.reconstruction import codebook_usage
 from diffusers_pq.training.autoencoders import (
     ReconstructionModel,
     create_autoencoder,
+    downsampling_factor,
     kmeans_codebooks,
     load_autoencoder,
     orthogonal_init,
@@ -121,7 +123,7 @@ def build_model(args):
         autoencoder = create_autoencoder(args.model_config_name_or_path)
         if args.weight_init == "orthogonal":
             orthogonal_init(autoencoder)
-    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    factor = downsampling_factor(autoencoder)
     if args.resolution % factor:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of the downsampling factor F = {factor}.")
     if args.gradient_checkpointing:
@@ -190,7 +192,7 @@ def ema_weights(ema, autoencoder):
 
 
 def init_codebooks(accelerator, model, images):
-    """k-means on one process, then the same codebooks on all."""
+    """k-means on each process's batch; all then take the codebooks of the first process."""
     autoencoder = accelerator.unwrap_model(model).autoencoder
     with torch.no_grad():
         kmeans_codebooks(autoencoder.quantizer, autoencoder.encode(images).latents)
@@ -199,9 +201,7 @@ def init_codebooks(accelerator, model, images):
 
 def codebook_use(codes, autoencoder):
     """Share of the entries that this batch used, over all subspaces."""
-    usage = CodebookUsage(autoencoder.config.num_subspaces, autoencoder.config.codebook_size)
-    usage.update(codes)
-    return 1 - usage.compute()["dead"]
+    return 1 - codebook_usage(autoencoder, [codes])["dead"]
 
 
 def save_model(args, accelerator, model, discriminator, ema):

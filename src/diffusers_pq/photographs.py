@@ -8,7 +8,8 @@ import PIL.Image
 from .images import load_image
 
 
-# Every colour photograph of the everyday world in the two wheels. Credits:
+# Colour photographs of different subjects. Left out: scikit-image's stereo pair (motorcycle_left and _right), its
+# scientific pictures and its grey ones. Credits:
 #   astronaut (NASA, public domain), chelsea (Stefan van der Walt, CC0), coffee (Rachel Michetti, CC0),
 #   rocket (SpaceX, CC0), china (danielbuechele, CC BY 2.0), flower (vultilion, CC BY 2.0).
 PHOTOGRAPHS = {

@@ -217,9 +217,10 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         Returns:
             [`~models.vae.DecoderOutput`] or `tuple`: Images of shape `(batch_size, out_channels, F*height, F*width)`.
         """
-        self.quantizer._check_latents(z)
         if quantize:
             z = self.quantizer(z).latents
+        else:
+            self.quantizer._check_latents(z)
         sample = self._sliced(self._decode, z)
         if not return_dict:
             return (sample,)
