@@ -1,11 +1,17 @@
 """Text-to-image generation with Stable Diffusion on product-quantised latents (PQSD, section 4.5)."""
 
+from functools import partial
+
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
+from diffusers_pq.models.autoencoder_pq import PQModel
+from diffusers_pq.models.widening import widen_unet
+from diffusers_pq.pipelines.latents import PQLatentsMixin
 
-class StableDiffusionPQPipeline(StableDiffusionPipeline):
+
+class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
     r"""
     [`StableDiffusionPipeline`] whose `vae` is a [`PQModel`]: the UNet denoises d-channel latents that are normalised
     per channel, and the result is snapped to the codebooks before it is decoded.
@@ -13,38 +19,28 @@ class StableDiffusionPQPipeline(StableDiffusionPipeline):
     Everything else (prompts, schedulers, LoRA, textual inversion, IP-Adapter, callbacks, offloading) is the parent's.
 
     Raises:
+        TypeError: if the `vae` is no `PQModel`.
         ValueError: if the UNet's channels are not the autoencoder's latent channels; the message names both.
     """
 
-    def __init__(
-        self,
-        vae,
-        text_encoder,
-        tokenizer,
-        unet,
-        scheduler,
-        safety_checker,
-        feature_extractor,
-        image_encoder=None,
-        requires_safety_checker: bool = True,
-    ):
-        super().__init__(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-            requires_safety_checker=requires_safety_checker,
-        )
-        if unet is not None and vae is not None and unet.config.in_channels != vae.config.latent_channels:
-            raise ValueError(
-                f"The `unet` takes {unet.config.in_channels} latent channels, but the `vae` has "
-                f"{vae.config.latent_channels}. The UNet's first and last convolution must be widened to "
-                f"{vae.config.latent_channels} channels and adapted first."
-            )
+    @classmethod
+    def from_stable_diffusion(
+        cls, pretrained_model_name_or_path: str, vae: PQModel, init: str = "copy", **kwargs
+    ) -> "StableDiffusionPQPipeline":
+        r"""
+        The unadapted starting point of the paper's section 4.5: a Stable Diffusion pipeline with a widened UNet.
+
+        Args:
+            pretrained_model_name_or_path (`str`): A Stable Diffusion pipeline on the Hub or on disk.
+            vae ([`PQModel`]): Replaces the pipeline's autoencoder.
+            init (`str`, *optional*, defaults to `"copy"`): See [`widen_unet`].
+            kwargs: For `StableDiffusionPipeline.from_pretrained`.
+        """
+        source = StableDiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        components = {name: getattr(source, name) for name in source.components}
+        components["unet"] = widen_unet(source.unet, vae.config.latent_channels, init)
+        components["vae"] = vae.to(source.unet.dtype)
+        return cls(**components, requires_safety_checker=source.config.requires_safety_checker)
 
     def check_inputs(self, prompt, height, width, *args, **kwargs):
         factor = self.vae_scale_factor
@@ -83,18 +79,5 @@ class StableDiffusionPQPipeline(StableDiffusionPipeline):
         Returns:
             [`~pipelines.stable_diffusion.StableDiffusionPipelineOutput`] or a tuple of its two fields.
         """
-        latents, nsfw = super().__call__(prompt, height, width, output_type="latent", return_dict=False, **kwargs)
-        images = latents
-        if output_type != "latent":
-            images, nsfw = self._decode_latents(latents, quantize_latents, output_type)
-            self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, nsfw)
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=nsfw)
-
-    def _decode_latents(self, latents: torch.Tensor, quantize_latents: bool, output_type: str):
-        latents = self.vae.unscale_latents(latents)
-        images = self.vae.decode(latents, quantize=quantize_latents, return_dict=False)[0]
-        images, nsfw = self.run_safety_checker(images, self._execution_device, images.dtype)
-        denormalize = [True] * len(images) if nsfw is None else [not flagged for flagged in nsfw]
-        return self.image_processor.postprocess(images, output_type, do_denormalize=denormalize), nsfw
+        parent_call = partial(super().__call__, prompt, height, width, **kwargs)
+        return self._generate(parent_call, quantize_latents, output_type, return_dict)

@@ -50,3 +50,16 @@ def test_the_split_does_not_depend_on_the_other_pictures(packages, tmp_path):
         return {json.loads(line)["text"] for line in lines}
 
     assert captions("half") <= captions("all")
+
+
+def test_tiles_cover_large_pictures_and_keep_small_ones_whole(packages, tmp_path):
+    prepare_dataset(tmp_path / "tiled", packages, validation_share=0, tile_size=60)
+    lines = (tmp_path / "tiled/train/metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    tiles = [
+        PIL.Image.open(tmp_path / "tiled/train" / row["file_name"]) for row in rows if row["text"] == "Evening Glow"
+    ]
+    assert [tile.size for tile in tiles] == [(80, 100), (80, 100)]
+    assert len(rows) == 30 + 2
+    source = PIL.Image.open(next(packages.rglob("160x100.png"))).convert("RGB")
+    assert [tile.tobytes() for tile in tiles] == [source.crop((left, 0, left + 80, 100)).tobytes() for left in (0, 80)]

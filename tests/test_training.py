@@ -18,7 +18,12 @@ from conftest import tiny_config
 from diffusers import AutoencoderKL
 
 from diffusers_pq import PatchDiscriminator, PQModel, ProductQuantizer
-from diffusers_pq.training.autoencoders import kmeans_codebooks, load_autoencoder
+from diffusers_pq.training.autoencoders import (
+    collect_latents,
+    copy_matching_weights,
+    kmeans_codebooks,
+    load_autoencoder,
+)
 from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, list_checkpoints
 from diffusers_pq.training.data import RandomCrops, load_images
 from diffusers_pq.training.losses import adaptive_weight, hinge_discriminator_loss, load_perceptual_loss
@@ -205,3 +210,30 @@ def test_generator_step_leaves_the_discriminator_trainable(model, images):
     assert parts["adversarial_weight"] > 0 and model.quantizer.codebooks.grad.any()
     losses.discriminator_loss(images, output.sample).backward()
     assert all(parameter.grad is not None for parameter in discriminator.parameters())
+
+
+def test_takes_the_backbone_of_another_kind_of_autoencoder(workspace):
+    torch.manual_seed(0)
+    source = AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+    )
+    source.save_pretrained(workspace / "backbone")
+    extra = ("--backbone_name_or_path", str(workspace / "backbone"), "--learning_rate", "0")
+    result = run(workspace, "out", *extra, "--discriminator_weight", "0")
+    trained = load_autoencoder(str(workspace / "out"))
+    assert torch.equal(trained.encoder.conv_in.weight, source.encoder.conv_in.weight)
+    assert torch.equal(trained.decoder.conv_out.weight, source.decoder.conv_out.weight)
+    assert "Not taken from" in result.stderr and "quantizer.codebooks" in result.stderr
+    with pytest.raises(ValueError, match="No parameter of the Linear fits the PQModel"):
+        copy_matching_weights(trained, torch.nn.Linear(3, 3))
+
+
+def test_kmeans_gets_as_many_latents_as_it_asks_for(model, images):
+    latents = collect_latents(model, [images] * 5, minimum=200)
+    expected = model.encode(images).latents
+    assert latents.shape == (1, 8, 2 * expected[:, 0].numel(), 1), "two batches of 192 latent pixels"
+    torch.testing.assert_close(latents[0, :, :4, 0], expected[0].flatten(1)[:, :4])
+    assert collect_latents(model, [images], minimum=1000).shape[2] == 192

@@ -29,6 +29,8 @@ from diffusers_pq.metrics import psnr
 from diffusers_pq.reconstruction import codebook_usage
 from diffusers_pq.training.autoencoders import (
     ReconstructionModel,
+    collect_latents,
+    copy_matching_weights,
     create_autoencoder,
     downsampling_factor,
     kmeans_codebooks,
@@ -52,13 +54,20 @@ def parse_args(argv=None):
         "--model_config_name_or_path", help="config.json, folder or Hub repository to start afresh from"
     )
     model.add_argument("--pretrained_model_name_or_path", help="trained autoencoder to fine-tune")
+    model.add_argument(
+        "--backbone_name_or_path",
+        help="trained autoencoder (PQModel or AutoencoderKL) whose fitting weights a fresh model starts from",
+    )
     model.add_argument("--weight_init", choices=("default", "orthogonal"), default="default")
     model.add_argument("--quantize_from_step", type=int, default=0, help="train without quantiser up to this step")
     model.add_argument(
         "--codebook_init",
         choices=("normal", "kmeans"),
         default="normal",
-        help="N(0, 1) as in the paper, or k-means centres of one batch's latents at --quantize_from_step",
+        help="N(0, 1) as in the paper, or k-means centres of latents at --quantize_from_step",
+    )
+    model.add_argument(
+        "--kmeans_vectors_per_entry", type=int, default=32, help="latent pixels of k-means, over codebook_size"
     )
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_name", help="Hub dataset or local dataset folder")
@@ -108,6 +117,8 @@ def parse_args(argv=None):
 
     if (args.model_config_name_or_path is None) == (args.pretrained_model_name_or_path is None):
         parser.error("give exactly one of --model_config_name_or_path and --pretrained_model_name_or_path")
+    if args.backbone_name_or_path and args.pretrained_model_name_or_path:
+        parser.error("--backbone_name_or_path needs --model_config_name_or_path")
     if args.train_batch_size % args.crops_per_image:
         parser.error(
             f"--train_batch_size {args.train_batch_size} must be a multiple of "
@@ -123,6 +134,9 @@ def build_model(args):
         autoencoder = create_autoencoder(args.model_config_name_or_path)
         if args.weight_init == "orthogonal":
             orthogonal_init(autoencoder)
+        if args.backbone_name_or_path:
+            fresh = copy_matching_weights(autoencoder, load_autoencoder(args.backbone_name_or_path))
+            logger.info("Not taken from %s: %s", args.backbone_name_or_path, ", ".join(fresh) or "nothing")
     factor = downsampling_factor(autoencoder)
     if args.resolution % factor:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of the downsampling factor F = {factor}.")
@@ -191,11 +205,15 @@ def ema_weights(ema, autoencoder):
         ema.restore(autoencoder.parameters())
 
 
-def init_codebooks(accelerator, model, images):
-    """k-means on each process's batch; all then take the codebooks of the first process."""
+def init_codebooks(args, accelerator, model, train_loader):
+    """k-means in each process; all then take the codebooks of the first one."""
     autoencoder = accelerator.unwrap_model(model).autoencoder
-    with torch.no_grad():
-        kmeans_codebooks(autoencoder.quantizer, autoencoder.encode(images).latents)
+    # A loader of its own: the training loader is in use and keeps its place.
+    batches = DataLoader(
+        train_loader.dataset, args.train_batch_size // args.crops_per_image, shuffle=True, collate_fn=collate_crops
+    )
+    wanted = args.kmeans_vectors_per_entry * autoencoder.config.codebook_size
+    kmeans_codebooks(autoencoder.quantizer, collect_latents(autoencoder, batches, wanted))
     broadcast(autoencoder.quantizer.codebooks.data)
 
 
@@ -285,7 +303,7 @@ def main(args):
         for images in accelerator.skip_first_batches(train_loader, skipped) if skipped else train_loader:
             quantize = step >= args.quantize_from_step
             if kmeans_pending and quantize:
-                init_codebooks(accelerator, model, images)
+                init_codebooks(args, accelerator, model, train_loader)
                 kmeans_pending = False
             with accelerator.accumulate(model, *([discriminator] if discriminator is not None else [])):
                 output = model(images, quantize=quantize)

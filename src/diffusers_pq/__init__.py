@@ -19,7 +19,11 @@ _PUBLIC = {
     "ProductQuantizer": ".models.quantizer",
     "ProductQuantizerOutput": ".models.quantizer",
     "PatchDiscriminator": ".models.discriminator",
+    "widen_unet": ".models.widening",
+    "widen_denoiser": ".models.widening",
     "StableDiffusionPQPipeline": ".pipelines.pipeline_stable_diffusion_pq",
+    "StableDiffusionPQImg2ImgPipeline": ".pipelines.pipeline_stable_diffusion_pq_img2img",
+    "StableDiffusionPQInpaintPipeline": ".pipelines.pipeline_stable_diffusion_pq_inpaint",
     # diffusers finds out how to load a component of a third-party library by asking that library for these two.
     "ModelMixin": "diffusers",
     "DiffusionPipeline": "diffusers",

@@ -10,9 +10,10 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-from PIL.Image import Resampling
+from PIL.Image import Image, Resampling
 from tqdm import tqdm
 
 from .images import load_image, save_image
@@ -106,6 +107,7 @@ def prepare_dataset(
     source: str | os.PathLike | None = None,
     short_side: int = 512,
     validation_share: float = 0.05,
+    tile_size: int | None = None,
 ) -> dict[str, int]:
     """
     Write a Hugging Face `imagefolder` dataset with the columns `image`, `text` and `source`.
@@ -115,9 +117,11 @@ def prepare_dataset(
         source (*optional*): A folder with an unpacked Debian package in each sub-folder; `None` fetches them with apt.
         short_side (`int`): Larger pictures are shrunk to this shorter side.
         validation_share (`float`): Share of the pictures in the validation split, in [0, 1).
+        tile_size (`int`, *optional*): Cut pictures into tiles with sides from `tile_size` to below twice that, which
+            share a caption. Random crops of the dataset then show large pictures as often as their area deserves.
 
     Returns:
-        `dict[str, int]`: Pictures per split, and `skipped` for those that could not be read.
+        `dict[str, int]`: Pictures (or tiles) per split, and `skipped` for those that could not be read.
 
     Raises:
         FileExistsError: if `output_dir` exists.
@@ -134,7 +138,8 @@ def prepare_dataset(
             fetch_packages(fetched)
             source = fetched
         unfinished = Path(scratch) / "dataset"
-        counts = _write_dataset(list(find_pictures(Path(source))), unfinished, short_side, validation_share)
+        pictures = list(find_pictures(Path(source)))
+        counts = _write_dataset(pictures, unfinished, short_side, validation_share, tile_size)
         if counts["train"] + counts["validation"] == 0:
             raise ValueError(
                 f"No pictures found below {source}; it must hold unpacked packages: {', '.join(PACKAGES)}."
@@ -144,7 +149,20 @@ def prepare_dataset(
     return counts
 
 
-def _write_dataset(pictures: list[SourcePicture], folder: Path, short_side: int, validation_share: float) -> dict:
+def _tiles(image: Image, tile_size: int | None) -> Iterator[Image]:
+    if tile_size is None:
+        yield image
+        return
+    columns, rows = (max(1, side // tile_size) for side in image.size)
+    for row, column in product(range(rows), range(columns)):
+        left, right = (image.width * edge // columns for edge in (column, column + 1))
+        top, bottom = (image.height * edge // rows for edge in (row, row + 1))
+        yield image.crop((left, top, right, bottom))
+
+
+def _write_dataset(
+    pictures: list[SourcePicture], folder: Path, short_side: int, validation_share: float, tile_size: int | None
+) -> dict[str, int]:
     rows = {"train": [], "validation": []}
     skipped = 0
     for number, picture in enumerate(tqdm(pictures, desc="Preparing pictures")):
@@ -159,9 +177,10 @@ def _write_dataset(pictures: list[SourcePicture], folder: Path, short_side: int,
         image = image.resize(
             [max(1, round(side * scale)) for side in image.size], Resampling.LANCZOS, reducing_gap=3.0
         )
-        file_name = f"{number:05d}.png"
-        save_image(image, folder / split / file_name)
-        rows[split].append({"file_name": file_name, "text": picture.text, "source": picture.package})
+        for tile_number, tile in enumerate(_tiles(image, tile_size)):
+            file_name = f"{number:05d}.png" if tile_size is None else f"{number:05d}-{tile_number:03d}.png"
+            save_image(tile, folder / split / file_name)
+            rows[split].append({"file_name": file_name, "text": picture.text, "source": picture.package})
     for split, lines in rows.items():
         if lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

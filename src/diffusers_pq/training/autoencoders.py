@@ -1,6 +1,7 @@
 """One view on the autoencoders that the trainer and the evaluation handle: `PQModel` and `AutoencoderKL`."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +138,58 @@ def orthogonal_init(model: nn.Module):
             nn.init.zeros_(module.weight)
         else:
             nn.init.orthogonal_(module.weight)
+
+
+@torch.no_grad()
+def copy_matching_weights(model: nn.Module, source: nn.Module) -> list[str]:
+    """
+    Take over every parameter of another autoencoder that has the same name and shape.
+
+    Backbones of one layout share all but what depends on the bottleneck, so a `PQModel` can start from the encoder and
+    decoder of an `AutoencoderKL`, or the other way round.
+
+    Args:
+        model: Changed in place.
+        source: A [`PQModel`] or `AutoencoderKL`.
+
+    Returns:
+        `list[str]`: The names of the parameters of `model` that keep their own values.
+
+    Raises:
+        ValueError: if no parameter fits.
+    """
+    ours, theirs = model.state_dict(), source.state_dict()
+    fitting = {name: theirs[name] for name in ours if name in theirs and theirs[name].shape == ours[name].shape}
+    if not fitting:
+        raise ValueError(
+            f"No parameter of the {type(source).__name__} fits the {type(model).__name__}: "
+            "give a backbone with the same block types and `block_out_channels`."
+        )
+    model.load_state_dict(fitting, strict=False)
+    return [name for name in ours if name not in fitting]
+
+
+@torch.no_grad()
+def collect_latents(model: nn.Module, batches: Iterable[torch.Tensor], minimum: int) -> torch.Tensor:
+    """
+    Encode batches until there are enough latent pixels for k-means.
+
+    Args:
+        model ([`PQModel`])
+        batches (iterable of `torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1]; all are used if too few.
+        minimum (`int`): Latent pixels wanted.
+
+    Returns:
+        `torch.Tensor` of shape `(1, d, N, 1)`: z_e of N latent pixels.
+    """
+    latents, count = [], 0
+    for images in batches:
+        latent = model.encode(images.to(model.device)).latents
+        latents.append(latent.movedim(1, 0).flatten(1))
+        count += latents[-1].shape[1]
+        if count >= minimum:
+            break
+    return torch.cat(latents, dim=1)[None, :, :, None]
 
 
 @torch.no_grad()
