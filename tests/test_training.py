@@ -1,5 +1,6 @@
 """Runs the real training script on real image files, in small."""
 
+import itertools
 import json
 import os
 import runpy
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,16 +18,18 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_config
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 
 from diffusers_pq import PatchDiscriminator, PQModel, ProductQuantizer
+from diffusers_pq.images import to_tensor
 from diffusers_pq.training.autoencoders import (
     collect_latents,
     copy_matching_weights,
     kmeans_codebooks,
     load_autoencoder,
 )
-from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, list_checkpoints
-from diffusers_pq.training.data import RandomCrops, load_images
+from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, find_damage, list_checkpoints
+from diffusers_pq.training.data import CentreCrops, EpochSampler, RandomCrops, load_images
 from diffusers_pq.training.losses import adaptive_weight, hinge_discriminator_loss, load_perceptual_loss
 
 
@@ -86,22 +90,61 @@ def test_starts_without_quantiser_and_then_from_kmeans(workspace):
     assert abs(float(codebooks.std()) - 1) > 0.05, "k-means centres of latents are no longer N(0, 1)"
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(workspace):
-    extra = ("--checkpointing_steps", "2", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest")
+def weights(folder):
+    files = [folder / "diffusion_pytorch_model.safetensors", *folder.glob("discriminator/*.safetensors")]
+    return {str(file.relative_to(folder)): load_file(file) for file in files}
+
+
+def same_weights(first, second):
+    return all(torch.equal(first[name][key], second[name][key]) for name in first for key in first[name])
+
+
+def kill_when(folder, name, endless):
+    """Start a run and kill it the moment that a file or folder of this name exists."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    endless = command(workspace, "killed", *extra, "--max_train_steps", "100000")
     process = subprocess.Popen(endless, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while not list_checkpoints(workspace / "killed") and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
+    while not (folder / name).exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    last = list_checkpoints(workspace / "killed")[-1]
-    steps = checkpoint_step(last) + 2
-    result = run(workspace, "killed", *extra, "--max_train_steps", str(steps))
-    assert f"Resumed from {last}" in result.stderr
-    assert [checkpoint_step(path) for path in list_checkpoints(workspace / "killed")] == [steps - 2, steps]
-    assert load_autoencoder(str(workspace / "killed"))
+    assert (folder / name).exists(), "the run ended before the moment to kill it"
+
+
+@pytest.mark.parametrize("model, workers", [("pq", "0"), ("kl", "2")])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(workspace, model, workers):
+    extra = ("--checkpointing_steps", "2", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest")
+    extra += ("--use_ema", "--random_flip", "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine")
+    extra += ("--dataloader_num_workers", workers, "--max_train_steps", "9")
+    run(workspace, "whole", *extra, model=model)
+    killed = workspace / "killed"
+    # Once right after a checkpoint and once in the middle of writing one; epochs have 12 pictures, steps take 8.
+    for moment in ("checkpoint-2", "unfinished-checkpoint-6"):
+        kill_when(killed, moment, command(workspace, "killed", *extra, model=model))
+    result = run(workspace, "killed", *extra, model=model)
+    assert f"Resumed from {killed / 'checkpoint-4'}" in result.stderr
+    assert [checkpoint_step(path) for path in list_checkpoints(killed)] == [6, 8]
+    found, expected = weights(killed), weights(workspace / "whole")
+    assert len(expected) == 2, "the autoencoder and the discriminator"
+    assert same_weights(found, expected)
+    run(workspace, "other", *extra, "--seed", "1", model=model)
+    assert not same_weights(weights(workspace / "other"), expected)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(workspace):
+    extra = ("--checkpointing_steps", "2", "--resume_from_checkpoint", "latest", "--discriminator_weight", "0")
+    result = run(workspace, "out", *extra)
+    newest = workspace / "out" / "checkpoint-6"
+    weights_file = next(newest.glob("*.safetensors"))
+    weights_file.write_bytes(weights_file.read_bytes()[:-1])
+    result = run(workspace, "out", *extra)
+    assert f"{newest} is damaged ({weights_file.name} is not what was written)" in result.stderr
+    assert f"Resumed from {newest.with_name('checkpoint-4')}" in result.stderr
+    assert find_damage(newest) is None, "written again"
+    (newest / "scheduler.bin").unlink()
+    assert find_damage(newest) == "scheduler.bin is missing"
+    with pytest.raises(ValueError, match="`--resume_from_checkpoint checkpoint-6` is damaged: scheduler.bin"):
+        find_checkpoint(workspace / "out", "checkpoint-6")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +217,7 @@ def test_kmeans_finds_separate_clusters():
 def test_unfinished_checkpoints_are_never_resumed(tmp_path):
     for name in ("checkpoint-5", "checkpoint-10", "unfinished-checkpoint-15", "checkpoint-x"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
     assert find_checkpoint(tmp_path, "checkpoint-5").name == "checkpoint-5"
     assert find_checkpoint(tmp_path, None) is None
@@ -181,13 +225,50 @@ def test_unfinished_checkpoints_are_never_resumed(tmp_path):
         find_checkpoint(tmp_path, "checkpoint-7")
 
 
-def test_crops_have_one_size_and_the_centre_is_the_centre():
+@pytest.fixture
+def pictures():
+    """A dataset of 7 pictures of noise, one of them smaller than a crop of 16 pixels."""
+    generator = np.random.default_rng(0)
+    sizes = [(41, 20)] * 6 + [(9, 7)]
+    noise = [PIL.Image.fromarray(generator.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    return datasets.Dataset.from_dict({"image": noise, "text": ["noise"] * 7}).cast_column("image", datasets.Image())
+
+
+def test_crops_depend_on_epoch_index_and_seed_only(pictures):
+    crops = RandomCrops(pictures, "image", 16, crops_per_image=3, random_flip=True, seed=1)
+    assert [tuple(crops[0, index].shape) for index in range(7)] == [(3, 3, 16, 16)] * 7
+    first = crops[0, 2]
+    assert torch.equal(crops[0, 2], first), "reading other crops in between changes nothing"
+    for other in (crops[1, 2], RandomCrops(pictures, "image", 16, 3, True, seed=2)[0, 2]):
+        assert not torch.equal(other, first)
+
+
+def test_random_flip_mirrors_half_the_crops(pictures):
+    crops = RandomCrops(pictures, "image", 20, random_flip=True)
+    plain = RandomCrops(pictures, "image", 20)
+    # Crops as high as the picture: a flip is then visible as a window that occurs mirrored only.
+    windows = to_tensor(pictures[0]["image"]).unfold(2, 20, 1).permute(2, 0, 1, 3)
+    flipped = [not (windows == crops[epoch, 0]).flatten(1).all(1).any() for epoch in range(60)]
+    assert 15 < sum(flipped) < 45
+    assert all((windows == plain[epoch, 0]).flatten(1).all(1).any() for epoch in range(10))
+
+
+def test_the_centre_is_the_centre():
     picture = PIL.Image.new("RGB", (41, 20))
     picture.putpixel((20, 10), (255, 255, 255))
-    crops = RandomCrops("image", 16, crops_per_image=3, random_flip=True)({"image": [picture, picture.resize((9, 7))]})
-    assert [tuple(crop.shape) for crop in crops["pixel_values"]] == [(3, 3, 16, 16)] * 2
-    (centre,) = RandomCrops("image", 16, center_crop=True)({"image": [picture]})["pixel_values"]
-    assert centre[0, 0].argmax() == 8 * 16 + 8
+    dataset = datasets.Dataset.from_dict({"image": [picture]}).cast_column("image", datasets.Image())
+    centre = CentreCrops(dataset, "image", 16)[0]
+    assert centre.shape == (1, 3, 16, 16) and centre[0, 0].argmax() == 8 * 16 + 8
+
+
+def test_epochs_follow_each_other_without_a_gap_and_can_be_entered_anywhere():
+    items = list(itertools.islice(EpochSampler(5, seed=3), 17))
+    assert [epoch for epoch, _ in items] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 2
+    orders = [[index for epoch, index in items if epoch == number] for number in range(3)]
+    assert all(sorted(order) == list(range(5)) for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    for start in (1, 5, 12):
+        assert list(itertools.islice(EpochSampler(5, seed=3, start=start), 17 - start)) == items[start:]
 
 
 def test_a_dataset_must_be_named_once():

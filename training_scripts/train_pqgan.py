@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -38,7 +38,7 @@ from diffusers_pq.training.autoencoders import (
     orthogonal_init,
 )
 from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
-from diffusers_pq.training.data import RandomCrops, collate_crops, load_images
+from diffusers_pq.training.data import CentreCrops, EpochSampler, RandomCrops, load_images
 from diffusers_pq.training.losses import load_perceptual_loss
 from diffusers_pq.training.trainer import AutoencoderLoss, LossWeights
 from diffusers_pq.training.validation import evaluate_reconstruction
@@ -95,7 +95,7 @@ def parse_args(argv=None):
     optim.add_argument("--ema_decay", type=float, default=0.9999)
     optim.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
     optim.add_argument("--channels_last", action="store_true", help="memory format that convolutions prefer")
-    optim.add_argument("--seed", type=int)
+    optim.add_argument("--seed", type=int, default=0)
     loss = parser.add_argument_group("losses (0 switches a term off)")
     loss.add_argument("--perceptual_weight", type=float, default=1.0)
     loss.add_argument("--codebook_weight", type=float, default=1.0)
@@ -147,7 +147,9 @@ def build_model(args):
     return ReconstructionModel(autoencoder)
 
 
-def build_loaders(args):
+def build_loaders(args, first_sample):
+    """The training loader, endless and starting at a sample of the run, and the validation loader or `None`."""
+
     def load(split):
         return load_images(
             args.dataset_name, args.train_data_dir, args.image_column, split, args.dataset_config_name, args.cache_dir
@@ -156,23 +158,22 @@ def build_loaders(args):
     train, validation = load("train"), load("validation")
     if train is None:
         raise ValueError("The dataset has no `train` split.")
-    train.set_transform(RandomCrops(args.image_column, args.resolution, args.crops_per_image, False, args.random_flip))
+    crops = RandomCrops(train, args.image_column, args.resolution, args.crops_per_image, args.random_flip, args.seed)
     train_loader = DataLoader(
-        train,
+        crops,
         batch_size=args.train_batch_size // args.crops_per_image,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=collate_crops,
+        sampler=EpochSampler(len(crops), args.seed, first_sample),
+        collate_fn=torch.cat,
         num_workers=args.dataloader_num_workers,
+        # torch draws the workers' seeds from it; from the global generator, a resumed run would draw once more.
+        generator=torch.Generator(),
     )
-    if len(train_loader) == 0:
-        raise ValueError(f"The train split has {len(train)} pictures, fewer than one batch holds.")
     if validation is None:
         logger.warning("The dataset has no `validation` split: no validation.")
         return train_loader, None
     validation = validation.select(range(min(args.num_validation_images, len(validation))))
-    validation.set_transform(RandomCrops(args.image_column, args.resolution, center_crop=True))
-    return train_loader, DataLoader(validation, batch_size=args.train_batch_size, collate_fn=collate_crops)
+    centres = CentreCrops(validation, args.image_column, args.resolution)
+    return train_loader, DataLoader(centres, batch_size=args.train_batch_size, collate_fn=torch.cat)
 
 
 def validate(accelerator, model, loader, step, quantize):
@@ -205,12 +206,11 @@ def ema_weights(ema, autoencoder):
         ema.restore(autoencoder.parameters())
 
 
-def init_codebooks(args, accelerator, model, train_loader):
-    """k-means in each process; all then take the codebooks of the first one."""
+def init_codebooks(args, accelerator, model, crops):
+    """k-means on the first crops of the run, in every process; all then take the codebooks of the first one."""
     autoencoder = accelerator.unwrap_model(model).autoencoder
-    # A loader of its own: the training loader is in use and keeps its place.
     batches = DataLoader(
-        train_loader.dataset, args.train_batch_size // args.crops_per_image, shuffle=True, collate_fn=collate_crops
+        crops, args.train_batch_size, sampler=EpochSampler(len(crops), args.seed), collate_fn=torch.cat
     )
     wanted = args.kmeans_vectors_per_entry * autoencoder.config.codebook_size
     kmeans_codebooks(autoencoder.quantizer, collect_latents(autoencoder, batches, wanted))
@@ -236,17 +236,22 @@ def save_model(args, accelerator, model, discriminator, ema):
 
 def main(args):
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # Epochs follow each other without a gap, and so does accumulation.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    if args.seed is not None:
-        set_seed(args.seed)
+    set_seed(args.seed)
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    step = 0 if checkpoint is None else checkpoint_step(checkpoint)
 
     model = build_model(args)
-    train_loader, validation_loader = build_loaders(args)
+    samples_per_step = args.train_batch_size // args.crops_per_image * args.gradient_accumulation_steps
+    train_loader, validation_loader = build_loaders(args, step * samples_per_step * accelerator.num_processes)
     is_quantized = hasattr(model.autoencoder, "quantizer")
     weights = LossWeights(
         args.perceptual_weight, args.codebook_weight if is_quantized else args.kl_weight, args.discriminator_weight
@@ -279,11 +284,8 @@ def main(args):
         accelerator.register_for_checkpointing(ema)
     losses = AutoencoderLoss(weights, perceptual_loss, discriminator, accelerator)
 
-    step = 0
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
-        step = checkpoint_step(checkpoint)
         logger.info("Resumed from %s", checkpoint)
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -293,61 +295,50 @@ def main(args):
 
     kmeans_pending = is_quantized and args.codebook_init == "kmeans" and step <= args.quantize_from_step
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_local_main_process)
-    batches_per_epoch = len(train_loader)
-    batches_done = step * args.gradient_accumulation_steps
-    epoch = batches_done // batches_per_epoch
     model.train()
-    while step < args.max_train_steps:
-        train_loader.set_epoch(epoch)
-        skipped = batches_done - epoch * batches_per_epoch
-        for images in accelerator.skip_first_batches(train_loader, skipped) if skipped else train_loader:
-            quantize = step >= args.quantize_from_step
-            if kmeans_pending and quantize:
-                init_codebooks(args, accelerator, model, train_loader)
-                kmeans_pending = False
-            with accelerator.accumulate(model, *([discriminator] if discriminator is not None else [])):
-                output = model(images, quantize=quantize)
-                loss, logs = losses.generator(model, images, output)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and args.max_grad_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
+    for images in train_loader:
+        if step >= args.max_train_steps:
+            break
+        quantize = step >= args.quantize_from_step
+        if kmeans_pending and quantize:
+            init_codebooks(args, accelerator, model, train_loader.dataset)
+            kmeans_pending = False
+        with accelerator.accumulate(model, *([discriminator] if discriminator is not None else [])):
+            output = model(images, quantize=quantize)
+            loss, logs = losses.generator(model, images, output)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and args.max_grad_norm:
+                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
 
-                if discriminator is not None:
-                    d_loss = losses.discriminator_loss(images, output.sample)
-                    accelerator.backward(d_loss)
-                    d_optimizer.step()
-                    d_scheduler.step()
-                    d_optimizer.zero_grad()
-                    logs["discriminator_loss"] = d_loss.detach()
-            batches_done += 1
-            if not accelerator.sync_gradients:
-                continue
+            if discriminator is not None:
+                d_loss = losses.discriminator_loss(images, output.sample)
+                accelerator.backward(d_loss)
+                d_optimizer.step()
+                d_scheduler.step()
+                d_optimizer.zero_grad()
+                logs["discriminator_loss"] = d_loss.detach()
+        if not accelerator.sync_gradients:
+            continue
 
-            step += 1
-            progress.update()
-            if ema is not None:
-                ema.step(accelerator.unwrap_model(model).autoencoder.parameters())
-            logs["psnr"] = psnr(to_uint8(output.sample), to_uint8(images)).mean()
-            if output.codes is not None:
-                logs["codebook_use"] = codebook_use(output.codes, accelerator.unwrap_model(model).autoencoder)
-            logs = {name: float(value) for name, value in logs.items()}
-            progress.set_postfix(
-                {name: f"{logs[name]:.3g}" for name in ("loss", "psnr", "codebook_use") if name in logs}
-            )
-            accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=step)
+        step += 1
+        progress.update()
+        if ema is not None:
+            ema.step(accelerator.unwrap_model(model).autoencoder.parameters())
+        logs["psnr"] = psnr(to_uint8(output.sample), to_uint8(images)).mean()
+        if output.codes is not None:
+            logs["codebook_use"] = codebook_use(output.codes, accelerator.unwrap_model(model).autoencoder)
+        logs = {name: float(value) for name, value in logs.items()}
+        progress.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "psnr", "codebook_use") if name in logs})
+        accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=step)
 
-            if step % args.checkpointing_steps == 0:
-                save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
-            if validation_loader is not None and step % args.validation_steps == 0 and accelerator.is_main_process:
-                with ema_weights(ema, accelerator.unwrap_model(model).autoencoder):
-                    validate(accelerator, model, validation_loader, step, quantize)
-            if step == args.max_train_steps:
-                break
-        epoch += 1
-
+        if step % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+        if validation_loader is not None and step % args.validation_steps == 0 and accelerator.is_main_process:
+            with ema_weights(ema, accelerator.unwrap_model(model).autoencoder):
+                validate(accelerator, model, validation_loader, step, quantize)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_model(args, accelerator, model, discriminator, ema)

@@ -1,5 +1,7 @@
 """Training checkpoints: folders `checkpoint-<step>` that exist either whole or not at all."""
 
+import hashlib
+import json
 import logging
 import os
 import re
@@ -11,6 +13,7 @@ from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
+_MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -36,15 +39,43 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, total_
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
+    _write_manifest(unfinished)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(unfinished, final)
     for old in list_checkpoints(output_dir)[:-total_limit] if total_limit else []:
         shutil.rmtree(old)
 
 
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files: missing, of another size or content than written; `None` if nothing."""
+    manifest = checkpoint / _MANIFEST
+    if not manifest.is_file():
+        return f"{_MANIFEST} is missing"
+    for name, digest in json.loads(manifest.read_text()).items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _digest(checkpoint / name) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def _write_manifest(folder: Path):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {str(path.relative_to(folder)): _digest(path) for path in files}
+    (folder / _MANIFEST).write_text(json.dumps(digests, indent=2) + "\n")
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def find_checkpoint(output_dir: str, resume_from: str | None) -> Path | None:
     """
-    The checkpoint to resume from.
+    The checkpoint to resume from. `"latest"` passes over damaged ones, with a warning.
 
     Args:
         output_dir (`str`): Where the run writes.
@@ -55,18 +86,30 @@ def find_checkpoint(output_dir: str, resume_from: str | None) -> Path | None:
 
     Raises:
         FileNotFoundError: if a named checkpoint does not exist; the message lists those that do.
+        ValueError: if a named checkpoint is damaged.
     """
     if resume_from is None:
         return None
     existing = list_checkpoints(output_dir)
     if resume_from == "latest":
-        if not existing:
-            logger.warning("No checkpoint in %s: starting a new run.", output_dir)
-        return existing[-1] if existing else None
+        return _newest_whole(existing, output_dir)
     for path in (Path(output_dir) / resume_from, Path(resume_from)):
         if path.is_dir() and _NAME.fullmatch(path.name):
+            damage = find_damage(path)
+            if damage:
+                raise ValueError(f"`--resume_from_checkpoint {resume_from}` is damaged: {damage}.")
             return path
     names = ", ".join(path.name for path in existing) or "none"
     raise FileNotFoundError(
         f"`--resume_from_checkpoint {resume_from}` does not exist. Checkpoints in {output_dir}: {names}."
     )
+
+
+def _newest_whole(checkpoints: list[Path], output_dir: str) -> Path | None:
+    for path in reversed(checkpoints):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        logger.warning("%s is damaged (%s): trying the one before.", path, damage)
+    logger.warning("No whole checkpoint in %s: starting a new run.", output_dir)
+    return None
