@@ -7,14 +7,13 @@ python benchmarks/reconstruct_photographs.py --models PQ=model_cards/pqgan-mini-
 import argparse
 import datetime
 import json
-import platform
 import statistics
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
 
 from diffusers_pq.photographs import load_photographs
+from diffusers_pq.profiling import describe_machine
 from diffusers_pq.reconstruction import codebook_usage, reconstruct_picture
 from diffusers_pq.training.autoencoders import load_autoencoder
 
@@ -97,7 +96,7 @@ def main(args):
         results[name] = {photo: reconstruct_picture(model, picture) for photo, picture in photographs.items()}
         rows[name] = summarise(model, results[name])
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    machine = f"{args.device}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
+    machine = describe_machine(args.device)
     record = {"date": datetime.date.today().isoformat(), "machine": machine, "models": args.models, "results": rows}
     (args.output_dir / "photographs.json").write_text(json.dumps(record, indent=2) + "\n")
     draw(photographs, results, args.output_dir / "photographs.png")

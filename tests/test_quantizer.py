@@ -1,8 +1,12 @@
+import functools
+from collections import Counter
+
 import pytest
 import torch
 
 from diffusers_pq import ProductQuantizer
-from diffusers_pq.models import quantizer as quantizer_module
+from diffusers_pq.models import search
+from diffusers_pq.profiling import measure_peak_bytes
 
 
 def brute_force(latents, codebooks):
@@ -27,10 +31,86 @@ def test_codes_equal_float64_brute_force(num_subspaces):
 
 def test_chunked_search_gives_the_same_codes(monkeypatch):
     torch.manual_seed(0)
-    vectors, codebooks = torch.randn(4, 100, 2), torch.randn(4, 16, 2)
-    whole = quantizer_module.nearest_codes(vectors, codebooks)
-    monkeypatch.setitem(quantizer_module._DISTANCES_AT_ONCE, "cpu", 4 * 16 * 7)
-    assert torch.equal(quantizer_module.nearest_codes(vectors, codebooks), whole)
+    vectors, codebooks = torch.randn(3, 4, 2, 100), torch.randn(4, 16, 2)
+    whole = search.nearest_codes(vectors, codebooks)
+    monkeypatch.setitem(search._DISTANCES_AT_ONCE, "cpu", 4 * 16 * 7)
+    assert torch.equal(search.nearest_codes(vectors, codebooks), whole)
+
+
+@pytest.mark.parametrize("num_subspaces", [1, 2, 4])
+def test_compiled_search_equals_float64_brute_force(num_subspaces, monkeypatch, caplog):
+    torch.compiler.reset()
+    monkeypatch.setattr(search, "_COMPILE_AFTER", 0)
+    torch.manual_seed(0)
+    quantizer = ProductQuantizer(8, num_subspaces, 37).eval()
+    for shape in ((3, 8, 5, 7), (1, 8, 6, 6), (2, 8, 9, 4)):  # the later ones meet kernels for any size
+        latents = torch.randn(shape) * 3
+        assert torch.equal(quantizer(latents).codes, brute_force(latents, quantizer.codebooks))
+    assert not [record for record in caplog.records if record.name == search.__name__], "no fallback"
+
+
+def test_search_is_compiled_once_it_has_cost_enough(monkeypatch):
+    monkeypatch.setattr(search, "_COMPILE_AFTER", 2.5 * 4 * 10 * 16)
+    monkeypatch.setattr(search, "_distances_so_far", Counter())
+    vectors, codebooks = torch.randn(1, 4, 2, 10), torch.randn(4, 16, 2)
+    chosen = [search._choose_search(vectors, codebooks).__name__ for _ in range(3)]
+    assert chosen == ["_product_search", "_product_search", "_compiled_search"]
+    assert search._choose_search(vectors, torch.randn(4, 8, 2)) is search._product_search
+
+
+def test_without_a_compiler_the_search_goes_on(monkeypatch, caplog):
+    def no_compiler(function):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(search, "_compiled", no_compiler)
+    monkeypatch.setattr(search, "_distances_so_far", Counter())
+    monkeypatch.setattr(search, "_COMPILE_AFTER", 0)
+    vectors, codebooks = torch.randn(1, 4, 2, 10), torch.randn(4, 16, 2)
+    expected = search._product_search(vectors, codebooks)
+    for _ in range(2):
+        assert torch.equal(search.nearest_codes(vectors, codebooks), expected)
+    assert [record.getMessage().count("no C++ compiler") for record in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("num_subspaces", [2, 4])
+def test_codes_of_nan_latents_are_valid_in_training(num_subspaces, compiled, monkeypatch):
+    monkeypatch.setattr(search, "_COMPILE_AFTER", 0 if compiled else 2**31)
+    quantizer = ProductQuantizer(4, num_subspaces, 8).train()
+    codes = quantizer(torch.full((1, 4, 2, 2), float("nan"))).codes
+    assert 0 <= codes.min() and codes.max() < 8
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_does_not_grow_with_the_codebooks(compiled, monkeypatch):
+    monkeypatch.setattr(search, "_COMPILE_AFTER", 0 if compiled else 2**60)
+    torch.compiler.reset()
+    vectors = torch.randn(1, 16, 2, 4096)
+    peaks = []
+    for size in (64, 512):
+        codebooks = torch.randn(16, size, 2)
+        search.nearest_codes(vectors, codebooks)
+        peaks.append(measure_peak_bytes(functools.partial(search.nearest_codes, vectors, codebooks), "cpu"))
+    all_distances = 16 * 4096 * 512 * 4
+    assert max(peaks) < all_distances / 10, peaks
+    assert peaks[1] < peaks[0] + 2**20, peaks
+
+
+def test_gradients_of_the_codebooks_are_deterministic():
+    torch.manual_seed(0)
+    quantizer = ProductQuantizer(8, 4, 16)
+    latents = torch.randn(4, 8, 16, 16)
+
+    def gradient():
+        quantizer.zero_grad()
+        quantizer(latents).loss.backward()
+        return quantizer.codebooks.grad.clone()
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(gradient(), gradient())
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -7,10 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
-
-# Distances held at once, in elements: small enough for a CPU's cache, large enough to fill a GPU. Memory therefore
-# never grows with (latent pixels x subspaces x codebook entries).
-_DISTANCES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+from .search import nearest_codes
 
 
 @dataclass
@@ -30,34 +27,6 @@ class ProductQuantizerOutput(BaseOutput):
     latents: torch.Tensor
     codes: torch.LongTensor
     loss: torch.Tensor
-
-
-@torch.no_grad()
-def nearest_codes(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
-    """
-    Exact Euclidean nearest neighbour of every sub-vector in the codebook of its subspace.
-
-    The distances are computed in float32 whatever autocast or the inputs' dtype say: in half precision, neighbouring
-    entries become ties.
-
-    Args:
-        vectors (`torch.Tensor` of shape `(S, N, d/S)`): N sub-vectors for each of S subspaces.
-        codebooks (`torch.Tensor` of shape `(S, K, d/S)`): K entries for each subspace.
-
-    Returns:
-        `torch.LongTensor` of shape `(S, N)`: indices in `[0, K)`.
-    """
-    with torch.autocast(vectors.device.type, enabled=False):
-        vectors, entries = vectors.float(), codebooks.float()
-        squared_norms = entries.square().sum(-1).unsqueeze(1)
-        entries = entries.transpose(1, 2)
-        limit = _DISTANCES_AT_ONCE.get(vectors.device.type, 2**24)
-        rows = max(1, limit // (codebooks.shape[0] * codebooks.shape[1]))
-        # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change which entry is nearest.
-        codes = [
-            torch.baddbmm(squared_norms, chunk, entries, alpha=-2).argmin(-1) for chunk in vectors.split(rows, dim=1)
-        ]
-    return torch.cat(codes, dim=1)
 
 
 class ProductQuantizer(nn.Module):
@@ -100,10 +69,8 @@ class ProductQuantizer(nn.Module):
         return f"d={self.latent_channels}, S={self.num_subspaces}, K={self.codebook_size}"
 
     def split(self, latents: torch.Tensor) -> torch.Tensor:
-        """`[B, d, h, w]` latents to `[S, B*h*w, d/S]` sub-vectors; channels s d/S to (s+1) d/S - 1 are subspace s."""
-        batch_size, _, height, width = latents.shape
-        sub_vectors = latents.reshape(batch_size, self.num_subspaces, -1, height * width)
-        return sub_vectors.permute(1, 0, 3, 2).reshape(self.num_subspaces, batch_size * height * width, -1)
+        """`[B, d, h, w]` latents to `[B, S, d/S, h*w]`; channels s d/S to (s+1) d/S - 1 are subspace s."""
+        return latents.flatten(2).unflatten(1, (self.num_subspaces, -1))
 
     def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
         """
@@ -137,9 +104,7 @@ class ProductQuantizer(nn.Module):
                 values pass on to the loss, where the training loop sees them without a device synchronisation here.
         """
         self._check_latents(latents)
-        batch_size, _, height, width = latents.shape
-        codes = nearest_codes(self.split(latents), self.codebooks)
-        codes = codes.view(self.num_subspaces, batch_size, height, width).transpose(0, 1).contiguous()
+        codes = nearest_codes(self.split(latents), self.codebooks).unflatten(2, latents.shape[2:]).contiguous()
 
         with torch.autocast(latents.device.type, enabled=False):
             z_e, z_q = latents.float(), self.lookup(codes).float()

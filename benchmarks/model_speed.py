@@ -1,0 +1,105 @@
+#!/usr/bin/env python
+"""Time and memory of encoding and decoding whole pictures, eager, channels_last and compiled; and what tiling changes.
+
+    python benchmarks/model_speed.py                       # on a GPU: --device cuda --dtype float16
+
+Writes model_speed.json. The models have their full size and random weights, since only time and memory are measured;
+the tiling is measured on photographs with the trained model of --tiling_model.
+"""
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+import torch
+from PIL.Image import Resampling
+from tqdm import tqdm
+
+from diffusers_pq import PQModel
+from diffusers_pq.images import to_tensor, to_uint8
+from diffusers_pq.metrics import psnr
+from diffusers_pq.photographs import load_photographs
+from diffusers_pq.profiling import describe_machine, measure_peak_bytes, measure_seconds
+from diffusers_pq.training.autoencoders import load_autoencoder
+
+
+VARIANTS = ("eager", "channels_last", "compile")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["model_cards/pqgan-f8", "model_cards/pqgan-f16-d256"])
+    parser.add_argument("--pixels", nargs="+", type=int, default=[256, 768, 1536])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tiling_model", default="model_cards/pqgan-mini-f8-pq")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
+    return parser.parse_args(argv)
+
+
+def build(path, variant, args):
+    torch.manual_seed(0)
+    model = PQModel.from_config(PQModel.load_config(path)).eval().to(args.device, getattr(torch, args.dtype))
+    if variant == "channels_last":
+        model.to(memory_format=torch.channels_last)
+    if variant == "compile":
+        model.encoder.compile()
+        model.decoder.compile()
+    return model
+
+
+@torch.no_grad()
+def measure(model, pixels, repeats, args):
+    images = torch.rand(1, 3, pixels, pixels, device=args.device, dtype=model.dtype) * 2 - 1
+    latents = model.encode(images).latents
+    steps = {"encode": lambda: model.encode(images), "decode": lambda: model.decode(latents)}
+    row = {}
+    for name, step in steps.items():
+        row[f"{name}_seconds"] = measure_seconds(step, repeats, args.device, warm_up=repeats - 1)
+        row[f"{name}_peak_gib"] = measure_peak_bytes(step, args.device) / 2**30
+    return row
+
+
+@torch.no_grad()
+def measure_tiling(path, pixels, args):
+    """PSNR between the tiled and the whole decoding of enlarged photographs, and of both against the photographs."""
+    model = load_autoencoder(path).to(args.device)
+    scores = {"tiled_to_whole": [], "whole_to_original": [], "tiled_to_original": []}
+    for photo in load_photographs().values():
+        original = to_tensor(photo.resize((pixels, pixels), Resampling.BICUBIC))[None].to(args.device)
+        latents = model.encode(original).latents
+        model.disable_tiling()
+        whole = model.decode(latents).sample
+        model.enable_tiling()
+        tiled = model.decode(latents).sample
+        pictures = {"whole": to_uint8(whole), "tiled": to_uint8(tiled), "original": to_uint8(original)}
+        for name, values in scores.items():
+            values.append(float(psnr(*(pictures[part] for part in name.split("_to_")))))
+    means = {name: sum(values) / len(values) for name, values in scores.items()}
+    return {"model": path, "pixels": pixels, "tile": model.tile_sample_min_size, **means}
+
+
+def main(args):
+    rows = []
+    for path in args.models:
+        for variant in args.variants:
+            model = build(path, variant, args)
+            for pixels in tqdm(args.pixels, desc=f"{path} {variant}"):
+                repeats = args.repeats if pixels <= 256 or args.device != "cpu" else 1
+                rows.append(
+                    {"model": path, "variant": variant, "pixels": pixels} | measure(model, pixels, repeats, args)
+                )
+                print(json.dumps(rows[-1]), flush=True)
+    tiling = measure_tiling(args.tiling_model, max(args.pixels), args)
+    print(json.dumps(tiling))
+    machine = f"{describe_machine(args.device)}, {args.dtype}"
+    record = {"date": datetime.date.today().isoformat(), "machine": machine, "models": rows, "tiling": tiling}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "model_speed.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse_args())

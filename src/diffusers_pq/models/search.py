@@ -1,0 +1,134 @@
+"""Exact nearest neighbours in the codebooks of all subspaces at once, without a distance matrix in memory."""
+
+import functools
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+# Distances that the product search holds at once: few enough for a CPU's cache, many enough to fill a GPU.
+_DISTANCES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+# Sub-vectors of up to so many dimensions are compared dimension by dimension; above, a matrix product is faster.
+_MAX_FUSED_DIMENSION = 16
+# The fused search is compiled once a shape of codebooks has cost so many distances (a few seconds on a CPU's core):
+# compiling takes seconds too, which a single picture would never earn back.
+_COMPILE_AFTER = 2**31
+
+_distances_so_far = Counter()
+
+
+@torch.no_grad()
+def nearest_codes(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    """
+    Exact Euclidean nearest neighbour of every sub-vector in the codebook of its subspace.
+
+    The distances are computed in float32 whatever autocast or the inputs' dtype say: in half precision, neighbouring
+    entries become ties. Of entries at equal distance any may be returned. Where a value is NaN, so is every distance,
+    and the code is arbitrary but valid.
+
+    Args:
+        vectors (`torch.Tensor` of shape `(B, S, d/S, P)`): P sub-vectors in each of S subspaces, for B pictures.
+        codebooks (`torch.Tensor` of shape `(S, K, d/S)`): K entries for each subspace.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, S, P)`: indices in `[0, K)`.
+    """
+    with torch.autocast(vectors.device.type, enabled=False):
+        return _choose_search(vectors, codebooks)(vectors.float().contiguous(), codebooks.float())
+
+
+def _choose_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> Callable:
+    dimension = codebooks.shape[-1]
+    if dimension == 1:
+        return _sorted_search
+    if dimension > _MAX_FUSED_DIMENSION:
+        return _product_search
+    if torch.compiler.is_compiling():
+        return _fused_search
+    key = _key(vectors, codebooks)
+    _distances_so_far[key] += vectors[:, :, 0].numel() * codebooks.shape[1]
+    return _compiled_search if _distances_so_far[key] > _COMPILE_AFTER else _product_search
+
+
+def _key(vectors: torch.Tensor, codebooks: torch.Tensor) -> tuple:
+    return vectors.device.type, codebooks.shape
+
+
+def _sorted_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    """Scalar quantisation (S = d): a binary search among the midpoints of the sorted entries."""
+    batch_size, subspaces, _, count = vectors.shape
+    entries, order = codebooks.squeeze(-1).sort(dim=-1)
+    midpoints = (entries[:, 1:] + entries[:, :-1]) / 2
+    scalars = vectors.squeeze(2).transpose(0, 1).reshape(subspaces, -1).contiguous()
+    ranks = torch.searchsorted(midpoints.contiguous(), scalars)
+    return order.gather(1, ranks).view(subspaces, batch_size, count).transpose(0, 1)
+
+
+def _product_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    """|z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change which entry is nearest: one batched product."""
+    batch_size, subspaces, dimension, count = vectors.shape
+    rows = vectors.permute(1, 0, 3, 2).reshape(subspaces, batch_size * count, dimension)
+    squared_norms = codebooks.square().sum(-1).unsqueeze(1)
+    entries = codebooks.transpose(1, 2)
+    limit = _DISTANCES_AT_ONCE.get(vectors.device.type, 2**24)
+    rows_at_once = max(1, limit // (subspaces * codebooks.shape[1]))
+    codes = [
+        torch.baddbmm(squared_norms, part, entries, alpha=-2).argmin(-1) for part in rows.split(rows_at_once, dim=1)
+    ]
+    return torch.cat(codes, dim=1).view(subspaces, batch_size, count).transpose(0, 1)
+
+
+def _squared_distances(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
+    """`[B, S, P, K]`; only ever inside a compiled reduction, which never stores it."""
+    return sum((vectors[:, :, i, :, None] - codebooks[:, None, :, i]).square() for i in range(codebooks.shape[-1]))
+
+
+def _smallest_distance(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
+    # Floats that are not negative are ordered like their bits, and a minimum of integers has no NaN to look for.
+    return _squared_distances(vectors, codebooks).view(torch.int32).amin(-1)
+
+
+def _first_at_distance(vectors: torch.Tensor, codebooks: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    size = codebooks.shape[1]
+    index = torch.arange(size, device=vectors.device, dtype=torch.int32)
+    is_nearest = _squared_distances(vectors, codebooks) == distance.unsqueeze(-1)
+    # Where a latent is NaN, no distance equals the smallest.
+    return torch.where(is_nearest, index, size).amin(-1).clamp(max=size - 1)
+
+
+def _nearest(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    return _squared_distances(vectors, codebooks).argmin(-1)
+
+
+def _fused_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    """For a graph that is being compiled."""
+    if vectors.is_cuda:
+        return _nearest(vectors, codebooks)
+    # Inductor's argmin on a CPU carries 64-bit indices along; a minimum and a look for it vectorise far better.
+    distance = _squared_distances(vectors, codebooks).amin(-1)
+    return _first_at_distance(vectors, codebooks, distance).long()
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    # With `fullgraph`, too many shapes raise an error; without, torch would run the function as it stands and store
+    # all distances.
+    return torch.compile(function, fullgraph=True)
+
+
+def _compiled_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    """One kernel on a GPU, two on a CPU, whatever S; falls back to the product where torch cannot compile."""
+    try:
+        if vectors.is_cuda:
+            return _compiled(_nearest)(vectors, codebooks)
+        distance = _compiled(_smallest_distance)(vectors, codebooks).view(torch.float32)
+        return _compiled(_first_at_distance)(vectors, codebooks, distance).long()
+    except Exception as error:  # no compiler, too many shapes, ...: torch.compile's errors have no common class
+        _distances_so_far[_key(vectors, codebooks)] = -math.inf
+        logger.warning("torch.compile failed, so the codebook search stays slower here: %s", error)
+        return _product_search(vectors, codebooks)
