@@ -71,10 +71,12 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path):
     install = [interpreter, "-m", "pip", "install", "--quiet", str(wheel), "--constraint", str(constraints)]
     subprocess.run(install, check=True, capture_output=True)
     code = (
-        "import diffusers_pq, json; from diffusers_pq import PQModel, StableDiffusionPQPipeline; "
-        f"model = PQModel.from_config(json.load(open({str(ROOT / 'model_cards/pqgan-mini-f8-pq/config.json')!r}))); "
-        "print(diffusers_pq.__file__, type(model).__name__, StableDiffusionPQPipeline.__mro__[1].__name__)"
+        "import diffusers_pq; from diffusers import StableDiffusionPipeline; "
+        "from diffusers_pq import PQModel, StableDiffusionPQPipeline; "
+        f"model = PQModel.from_pretrained({str(ROOT / 'model_cards/pqgan-mini-f8-pq')!r}); "
+        "print(diffusers_pq.__file__, model.num_parameters(), "
+        "issubclass(StableDiffusionPQPipeline, StableDiffusionPipeline))"
     )
     result = python(code, interpreter, cwd=tmp_path)
-    assert result.stdout.split()[1:] == ["PQModel", "StableDiffusionPipeline"], result.stderr
+    assert result.stdout.split()[1:] == ["2751315", "True"], result.stderr
     assert result.stdout.startswith(str(tmp_path / "empty"))

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import math
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -20,17 +22,14 @@ from conftest import tiny_config
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from diffusers_pq import PatchDiscriminator, PQModel, ProductQuantizer
+from diffusers_pq import PatchDiscriminator, PQModel
 from diffusers_pq.images import to_tensor
-from diffusers_pq.training.autoencoders import (
-    collect_latents,
-    copy_matching_weights,
-    kmeans_codebooks,
-    load_autoencoder,
-)
+from diffusers_pq.training.autoencoders import load_autoencoder
 from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, find_damage, list_checkpoints
 from diffusers_pq.training.data import CentreCrops, EpochSampler, RandomCrops, load_images
+from diffusers_pq.training.initialisation import copy_matching_weights
 from diffusers_pq.training.losses import adaptive_weight, hinge_discriminator_loss, load_perceptual_loss
+from diffusers_pq.training.trainer import FiniteSteps
 
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_pqgan.py"
@@ -201,19 +200,6 @@ def test_discriminator_sees_patches_of_70_pixels():
     assert sum(parameter.numel() for parameter in discriminator.parameters()) == 2_765_633
 
 
-def test_kmeans_finds_separate_clusters():
-    torch.manual_seed(0)
-    quantizer = ProductQuantizer(4, 2, 4)
-    centres = torch.tensor([[-9.0, -9.0], [-9.0, 9.0], [9.0, -9.0], [9.0, 9.0]])
-    vectors = centres[torch.randint(4, (2, 400))] + 0.01 * torch.randn(2, 400, 2)
-    latents = vectors.permute(0, 2, 1).reshape(1, 4, 20, 20)
-    kmeans_codebooks(quantizer, latents, iterations=30)
-    found = torch.cdist(quantizer.codebooks.data, centres.expand(2, -1, -1)).min(-1).values
-    assert (found < 0.1).float().mean() >= 0.75
-    with pytest.raises(ValueError, match="at least codebook_size = 4"):
-        kmeans_codebooks(quantizer, latents[..., :1, :2])
-
-
 def test_unfinished_checkpoints_are_never_resumed(tmp_path):
     for name in ("checkpoint-5", "checkpoint-10", "unfinished-checkpoint-15", "checkpoint-x"):
         (tmp_path / name).mkdir()
@@ -293,6 +279,14 @@ def test_generator_step_leaves_the_discriminator_trainable(model, images):
     assert all(parameter.grad is not None for parameter in discriminator.parameters())
 
 
+@pytest.mark.parametrize("model", ["pq", "kl"])
+def test_starts_from_the_linear_autoencoder_of_its_pictures(workspace, model):
+    extra = ("--weight_init", "pca", "--learning_rate", "0", "--discriminator_weight", "0", "--validation_steps", "6")
+    result = run(workspace, "out", *extra, "--codebook_init", "kmeans", "--kmeans_vectors_per_entry", "4", model=model)
+    psnr = float(re.search(r"step 6: psnr ([\d.]+)", result.stderr).group(1))
+    assert psnr > 18, "torch's own start gives 10 dB"
+
+
 def test_takes_the_backbone_of_another_kind_of_autoencoder(workspace):
     torch.manual_seed(0)
     source = AutoencoderKL(
@@ -312,9 +306,34 @@ def test_takes_the_backbone_of_another_kind_of_autoencoder(workspace):
         copy_matching_weights(trained, torch.nn.Linear(3, 3))
 
 
-def test_kmeans_gets_as_many_latents_as_it_asks_for(model, images):
-    latents = collect_latents(model, [images] * 5, minimum=200)
-    expected = model.encode(images).latents
-    assert latents.shape == (1, 8, 2 * expected[:, 0].numel(), 1), "two batches of 192 latent pixels"
-    torch.testing.assert_close(latents[0, :, :4, 0], expected[0].flatten(1)[:, :4])
-    assert collect_latents(model, [images], minimum=1000).shape[2] == 192
+def test_steps_without_a_finite_gradient_are_left_out_and_end_the_run_in_the_end():
+    accelerator = Accelerator(cpu=True)
+    layer = torch.nn.Linear(2, 1)
+    optimizer = accelerator.prepare(torch.optim.Adam(layer.parameters(), lr=0.1))
+    steps = FiniteSteps(accelerator, max_norm=1.0, limit=3)
+
+    def step(factor):
+        before = layer.weight.detach().clone()
+        (factor * layer(torch.ones(1, 2))).sum().backward()
+        steps.step(optimizer, layer.parameters())
+        assert layer.weight.grad is None or not layer.weight.grad.any()
+        return not torch.equal(layer.weight, before)
+
+    assert step(1.0)
+    assert not step(math.nan) and not step(math.inf)
+    assert (steps.skipped, steps.in_a_row) == (2, 2)
+    assert step(1.0) and steps.in_a_row == 0
+    assert not step(math.nan) and not step(math.nan)
+    with pytest.raises(FloatingPointError, match="not finite for 3 steps in a row"):
+        step(math.nan)
+
+
+def test_a_run_that_blows_up_stops_and_keeps_its_last_checkpoint(workspace):
+    extra = ("--discriminator_weight", "0", "--checkpointing_steps", "2", "--max_skipped_steps", "3")
+    run(workspace, "out", *extra, "--max_train_steps", "2")
+    extra += ("--resume_from_checkpoint", "latest", "--max_train_steps", "20", "--lr_scheduler", "linear")
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run(workspace, "out", *extra, "--codebook_weight", "1e38")
+    assert "not finite for 3 steps in a row" in error.value.stderr
+    assert [path.name for path in list_checkpoints(workspace / "out")] == ["checkpoint-2"]
+    assert find_damage(workspace / "out" / "checkpoint-2") is None

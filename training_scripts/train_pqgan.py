@@ -10,7 +10,9 @@ The defaults are the paper's (Table 4, appendix A.1) for one process; `training_
 import argparse
 import json
 import logging
+import math
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,28 +29,36 @@ from diffusers_pq import PatchDiscriminator
 from diffusers_pq.images import to_uint8
 from diffusers_pq.metrics import psnr
 from diffusers_pq.reconstruction import codebook_usage
+from diffusers_pq.training.arguments import parse_args_with_recipe
 from diffusers_pq.training.autoencoders import (
     ReconstructionModel,
-    collect_latents,
-    copy_matching_weights,
     create_autoencoder,
     downsampling_factor,
-    kmeans_codebooks,
     load_autoencoder,
-    orthogonal_init,
 )
 from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
 from diffusers_pq.training.data import CentreCrops, EpochSampler, RandomCrops, load_images
+from diffusers_pq.training.initialisation import (
+    collect_latents,
+    copy_matching_weights,
+    kmeans_codebooks,
+    orthogonal_init,
+    pca_init,
+)
 from diffusers_pq.training.losses import load_perceptual_loss
-from diffusers_pq.training.trainer import AutoencoderLoss, LossWeights
+from diffusers_pq.training.trainer import AutoencoderLoss, FiniteSteps, LossWeights
 from diffusers_pq.training.validation import evaluate_reconstruction
 
 
 logger = get_logger(__name__)
 
+PCA_CROPS = 32  # crops that --weight_init pca is fitted to
+
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model_config_name_or_path", help="config.json, folder or Hub repository to start afresh from"
@@ -58,7 +68,12 @@ def parse_args(argv=None):
         "--backbone_name_or_path",
         help="trained autoencoder (PQModel or AutoencoderKL) whose fitting weights a fresh model starts from",
     )
-    model.add_argument("--weight_init", choices=("default", "orthogonal"), default="default")
+    model.add_argument(
+        "--weight_init",
+        choices=("default", "orthogonal", "pca"),
+        default="default",
+        help="the paper's (torch's), orthogonal convolutions, or the linear autoencoder that fits the first crops",
+    )
     model.add_argument("--quantize_from_step", type=int, default=0, help="train without quantiser up to this step")
     model.add_argument(
         "--codebook_init",
@@ -76,13 +91,13 @@ def parse_args(argv=None):
     data.add_argument("--image_column", default="image")
     data.add_argument("--cache_dir")
     data.add_argument("--resolution", type=int, default=256)
-    data.add_argument("--random_flip", action="store_true")
+    data.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=False)
     data.add_argument("--crops_per_image", type=int, default=1, help="crops cut from each decoded picture")
     data.add_argument("--dataloader_num_workers", type=int, default=0)
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--train_batch_size", type=int, default=20, help="crops per process and step")
     optim.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    optim.add_argument("--gradient_checkpointing", action="store_true")
+    optim.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
     optim.add_argument("--max_train_steps", type=int, default=1_000_000)
     optim.add_argument("--learning_rate", type=float, default=4.5e-6)
     optim.add_argument("--discriminator_learning_rate", type=float, help="defaults to --learning_rate")
@@ -91,10 +106,21 @@ def parse_args(argv=None):
     optim.add_argument("--adam_beta1", type=float, default=0.5)
     optim.add_argument("--adam_beta2", type=float, default=0.9)
     optim.add_argument("--max_grad_norm", type=float, help="clip gradients to this norm; off by default")
-    optim.add_argument("--use_ema", action="store_true")
+    optim.add_argument(
+        "--max_skipped_steps",
+        type=int,
+        default=10,
+        help="steps without a finite gradient are left out; so many in a row end the run",
+    )
+    optim.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=False)
     optim.add_argument("--ema_decay", type=float, default=0.9999)
     optim.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
-    optim.add_argument("--channels_last", action="store_true", help="memory format that convolutions prefer")
+    optim.add_argument(
+        "--channels_last",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="memory format that convolutions prefer",
+    )
     optim.add_argument("--seed", type=int, default=0)
     loss = parser.add_argument_group("losses (0 switches a term off)")
     loss.add_argument("--perceptual_weight", type=float, default=1.0)
@@ -110,15 +136,19 @@ def parse_args(argv=None):
     run.add_argument("--resume_from_checkpoint", help='"latest" or a checkpoint')
     run.add_argument("--validation_steps", type=int, default=5000)
     run.add_argument("--num_validation_images", type=int, default=64)
-    run.add_argument("--push_to_hub", action="store_true")
+    run.add_argument("--push_to_hub", action=argparse.BooleanOptionalAction, default=False)
     run.add_argument("--hub_model_id")
     run.add_argument("--hub_token")
-    args = parser.parse_args(argv)
+    args = parse_args_with_recipe(parser, argv)
 
     if (args.model_config_name_or_path is None) == (args.pretrained_model_name_or_path is None):
         parser.error("give exactly one of --model_config_name_or_path and --pretrained_model_name_or_path")
     if args.backbone_name_or_path and args.pretrained_model_name_or_path:
         parser.error("--backbone_name_or_path needs --model_config_name_or_path")
+    if args.weight_init == "pca" and not args.model_config_name_or_path:
+        parser.error("--weight_init pca starts afresh: it needs --model_config_name_or_path")
+    if args.weight_init == "pca" and args.backbone_name_or_path:
+        parser.error("--weight_init pca and --backbone_name_or_path exclude each other")
     if args.train_batch_size % args.crops_per_image:
         parser.error(
             f"--train_batch_size {args.train_batch_size} must be a multiple of "
@@ -142,8 +172,6 @@ def build_model(args):
         raise ValueError(f"--resolution {args.resolution} must be a multiple of the downsampling factor F = {factor}.")
     if args.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    if args.channels_last:
-        autoencoder.to(memory_format=torch.channels_last)
     return ReconstructionModel(autoencoder)
 
 
@@ -206,12 +234,23 @@ def ema_weights(ema, autoencoder):
         ema.restore(autoencoder.parameters())
 
 
+def first_crops(args, crops):
+    """Batches of the run's first crops, the same in every process."""
+    sampler = EpochSampler(len(crops), args.seed)
+    return DataLoader(crops, args.train_batch_size, sampler=sampler, collate_fn=torch.cat)
+
+
+def fit_to_images(args, autoencoder, crops):
+    """Start from the linear autoencoder of the run's first crops."""
+    images = torch.cat(list(islice(first_crops(args, crops), math.ceil(PCA_CROPS / args.train_batch_size))))
+    quantizer = getattr(autoencoder, "quantizer", None)
+    pca_init(autoencoder, images, num_subspaces=1 if quantizer is None else quantizer.num_subspaces)
+
+
 def init_codebooks(args, accelerator, model, crops):
     """k-means on the first crops of the run, in every process; all then take the codebooks of the first one."""
     autoencoder = accelerator.unwrap_model(model).autoencoder
-    batches = DataLoader(
-        crops, args.train_batch_size, sampler=EpochSampler(len(crops), args.seed), collate_fn=torch.cat
-    )
+    batches = first_crops(args, crops)
     wanted = args.kmeans_vectors_per_entry * autoencoder.config.codebook_size
     kmeans_codebooks(autoencoder.quantizer, collect_latents(autoencoder, batches, wanted))
     broadcast(autoencoder.quantizer.codebooks.data)
@@ -252,6 +291,10 @@ def main(args):
     model = build_model(args)
     samples_per_step = args.train_batch_size // args.crops_per_image * args.gradient_accumulation_steps
     train_loader, validation_loader = build_loaders(args, step * samples_per_step * accelerator.num_processes)
+    if args.weight_init == "pca" and checkpoint is None:
+        fit_to_images(args, model.autoencoder, train_loader.dataset)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
     is_quantized = hasattr(model.autoencoder, "quantizer")
     weights = LossWeights(
         args.perceptual_weight, args.codebook_weight if is_quantized else args.kl_weight, args.discriminator_weight
@@ -282,6 +325,8 @@ def main(args):
         ema = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True)
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
+    finite_steps = FiniteSteps(accelerator, args.max_grad_norm, args.max_skipped_steps)
+    finite_d_steps = FiniteSteps(accelerator, limit=args.max_skipped_steps)
     losses = AutoencoderLoss(weights, perceptual_loss, discriminator, accelerator)
 
     if checkpoint is not None:
@@ -307,18 +352,14 @@ def main(args):
             output = model(images, quantize=quantize)
             loss, logs = losses.generator(model, images, output)
             accelerator.backward(loss)
-            if accelerator.sync_gradients and args.max_grad_norm:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
+            finite_steps.step(optimizer, model.parameters())
             lr_scheduler.step()
-            optimizer.zero_grad()
 
             if discriminator is not None:
                 d_loss = losses.discriminator_loss(images, output.sample)
                 accelerator.backward(d_loss)
-                d_optimizer.step()
+                finite_d_steps.step(d_optimizer, discriminator.parameters())
                 d_scheduler.step()
-                d_optimizer.zero_grad()
                 logs["discriminator_loss"] = d_loss.detach()
         if not accelerator.sync_gradients:
             continue
@@ -327,6 +368,7 @@ def main(args):
         progress.update()
         if ema is not None:
             ema.step(accelerator.unwrap_model(model).autoencoder.parameters())
+        logs["skipped_steps"] = finite_steps.skipped + finite_d_steps.skipped
         logs["psnr"] = psnr(to_uint8(output.sample), to_uint8(images)).mean()
         if output.codes is not None:
             logs["codebook_use"] = codebook_use(output.codes, accelerator.unwrap_model(model).autoencoder)
@@ -334,7 +376,8 @@ def main(args):
         progress.set_postfix({name: f"{logs[name]:.3g}" for name in ("loss", "psnr", "codebook_use") if name in logs})
         accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=step)
 
-        if step % args.checkpointing_steps == 0:
+        is_healthy = not (finite_steps.in_a_row or finite_d_steps.in_a_row)
+        if step % args.checkpointing_steps == 0 and is_healthy:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
         if validation_loader is not None and step % args.validation_steps == 0 and accelerator.is_main_process:
             with ema_weights(ema, accelerator.unwrap_model(model).autoencoder):

@@ -1,8 +1,11 @@
 """One optimisation step of an autoencoder against its discriminator (Eq. 1)."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
 
@@ -74,3 +77,49 @@ class AutoencoderLoss:
         logits = discriminator(sample)
         discriminator.requires_grad_(True)
         return logits
+
+
+class FiniteSteps:
+    """
+    Clips gradients and leaves out the steps whose gradient is not finite.
+
+    Args:
+        accelerator (`Accelerator`)
+        max_norm (`float`, *optional*): Gradients are clipped to this norm; `None` does not clip.
+        limit (`int`): So many steps left out in a row end the run.
+
+    Attributes:
+        skipped (`int`): Steps left out so far.
+        in_a_row (`int`): Of these, those since the last good step.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_norm: float | None = None, limit: int = 10):
+        self.accelerator = accelerator
+        self.max_norm = math.inf if max_norm is None else max_norm
+        self.limit = limit
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]):
+        """
+        Step and clear the gradients; while gradients are being accumulated, do nothing.
+
+        Raises:
+            FloatingPointError: at the `limit`-th step in a row without a finite gradient.
+        """
+        if not self.accelerator.sync_gradients:
+            return
+        # The same on all processes, since the gradients are; so all of them leave the step out.
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.max_norm))
+        finite = math.isfinite(norm)
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self.skipped += not finite
+        # Under fp16 the scaler leaves the step out itself, and must see it to lower its scale.
+        if finite or self.accelerator.scaler is not None:
+            optimizer.step()
+        optimizer.zero_grad()
+        if self.in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"The gradient was not finite for {self.in_a_row} steps in a row. The last checkpoint is from before; "
+                "resume from it with a lower learning rate, `--max_grad_norm` or `--mixed_precision bf16`."
+            )
