@@ -25,6 +25,8 @@ eval_ = [
     "scikit-image>=0.24",
     "scikit-learn>=1.5",
 ]
+# What the benchmarks compare with.
+benchmark = ["faiss-cpu>=1.8", "vector-quantize-pytorch>=1.20"]
 dev = ["pytest>=8.0", "pytest-xdist>=3.6", "build>=1.2", "ruff>=0.12", "peft>=0.15"]
 
 setup(
@@ -49,6 +51,6 @@ setup(
         "packaging",
         "pillow>=10.0",
     ],
-    extras_require={"train": train, "eval": eval_, "dev": [*dev, *train, *eval_]},
+    extras_require={"train": train, "eval": eval_, "benchmark": [*benchmark, *eval_], "dev": [*dev, *train, *eval_]},
     entry_points={"console_scripts": ["diffusers-pq=diffusers_pq.cli:main"]},
 )

@@ -53,8 +53,8 @@ def test_search_is_compiled_once_it_has_cost_enough(monkeypatch):
     monkeypatch.setattr(search, "_COMPILE_AFTER", 2.5 * 4 * 10 * 16)
     monkeypatch.setattr(search, "_distances_so_far", Counter())
     vectors, codebooks = torch.randn(1, 4, 2, 10), torch.randn(4, 16, 2)
-    chosen = [search._choose_search(vectors, codebooks).__name__ for _ in range(3)]
-    assert chosen == ["_product_search", "_product_search", "_compiled_search"]
+    chosen = [search._choose_search(vectors, codebooks) for _ in range(3)]
+    assert chosen == [search._product_search, search._product_search, search._compiled_search]
     assert search._choose_search(vectors, torch.randn(4, 8, 2)) is search._product_search
 
 
@@ -160,12 +160,43 @@ def test_codebooks_start_from_a_standard_normal():
     assert abs(codebooks.mean()) < 0.02 and abs(codebooks.std() - 1) < 0.02
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize(("channels", "num_subspaces"), [(8, 4), (8, 8), (32, 1)], ids=["PQ", "scalar", "VQ"])
+def test_compiles_without_graph_breaks(channels, num_subspaces):
     torch.manual_seed(0)
-    quantizer = ProductQuantizer(8, 4, 16).eval()
-    latents = torch.randn(2, 8, 4, 4)
+    quantizer = ProductQuantizer(channels, num_subspaces, 16).eval()
+    latents = torch.randn(2, channels, 4, 4)
     compiled = torch.compile(quantizer, fullgraph=True)(latents)
     assert torch.equal(compiled.codes, quantizer(latents).codes)
+
+
+def test_a_compiled_quantizer_does_not_store_the_distances():
+    torch.compiler.reset()
+    latents = torch.randn(1, 32, 64, 64)
+    quantizer = ProductQuantizer(32, 16, 512).eval()
+    compiled = torch.compile(quantizer, fullgraph=True)
+    compiled(latents)
+    all_distances = 16 * 64 * 64 * 512 * 4
+    assert measure_peak_bytes(functools.partial(compiled, latents), "cpu") < all_distances / 10
+
+
+def operators(function):
+    """Names of the operators and compiled kernels that run; on a GPU, each is at most a launch or two."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        function()
+    return [event.name for event in profiler.events()]
+
+
+def test_the_search_takes_a_handful_of_kernels_whatever_the_number_of_subspaces(monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(search, "_COMPILE_AFTER", 0)
+    names = []
+    for num_subspaces in (4, 64):
+        vectors, codebooks = torch.randn(1, num_subspaces, 2, 256), torch.randn(num_subspaces, 128, 2)
+        search.nearest_codes(vectors, codebooks)
+        names.append(operators(functools.partial(search.nearest_codes, vectors, codebooks)))
+    assert len(names[0]) == len(names[1])
+    assert sum("CompiledFxGraph" in name for name in names[1]) == 2
+    assert not {"aten::mm", "aten::bmm", "aten::baddbmm", "aten::argmin"} & set(names[1])
 
 
 @pytest.mark.parametrize(

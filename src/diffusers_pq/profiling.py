@@ -1,5 +1,6 @@
 """What the benchmarks measure with: time, memory, and a line that says where."""
 
+import math
 import platform
 import statistics
 import time
@@ -13,10 +14,12 @@ def describe_machine(device: str) -> str:
     return f"{device}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
 
 
-def measure_seconds(function: Callable[[], object], repeats: int, device: str, warm_up: int = 1) -> float:
-    """Median wall time of `repeats` calls after `warm_up` more."""
+def measure_seconds(
+    function: Callable[[], object], repeats: int, device: str, warm_up: int = 1, at_most: float = math.inf
+) -> float:
+    """Median wall time of `repeats` calls, or of fewer that take `at_most` seconds together, after `warm_up` more."""
     times = []
-    for _ in range(warm_up + repeats):
+    while len(times) < warm_up + repeats and (len(times) <= warm_up or sum(times[warm_up:]) < at_most):
         started = time.perf_counter()
         function()
         if device != "cpu":

@@ -104,7 +104,7 @@ class ProductQuantizer(nn.Module):
                 values pass on to the loss, where the training loop sees them without a device synchronisation here.
         """
         self._check_latents(latents)
-        codes = nearest_codes(self.split(latents), self.codebooks).unflatten(2, latents.shape[2:]).contiguous()
+        codes = nearest_codes(self.split(latents), self.codebooks).unflatten(2, latents.shape[2:])
 
         with torch.autocast(latents.device.type, enabled=False):
             z_e, z_q = latents.float(), self.lookup(codes).float()

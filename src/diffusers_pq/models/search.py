@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,9 @@ _MAX_FUSED_DIMENSION = 16
 # The fused search is compiled once a shape of codebooks has cost so many distances (a few seconds on a CPU's core):
 # compiling takes seconds too, which a single picture would never earn back.
 _COMPILE_AFTER = 2**31
+
+# Latent pixels that the compiled search on a CPU handles together.
+_BLOCK = 256
 
 _distances_so_far = Counter()
 
@@ -69,7 +73,9 @@ def _sorted_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Long
     return order.gather(1, ranks).view(subspaces, batch_size, count).transpose(0, 1)
 
 
-def _product_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+# Opaque to torch.compile, which would otherwise unroll the loop into its graph.
+@torch.library.custom_op("diffusers_pq::product_search", mutates_args=())
+def _product_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
     """|z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change which entry is nearest: one batched product."""
     batch_size, subspaces, dimension, count = vectors.shape
     rows = vectors.permute(1, 0, 3, 2).reshape(subspaces, batch_size * count, dimension)
@@ -80,7 +86,13 @@ def _product_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Lon
     codes = [
         torch.baddbmm(squared_norms, part, entries, alpha=-2).argmin(-1) for part in rows.split(rows_at_once, dim=1)
     ]
-    return torch.cat(codes, dim=1).view(subspaces, batch_size, count).transpose(0, 1)
+    return torch.cat(codes, dim=1).view(subspaces, batch_size, count).transpose(0, 1).contiguous()
+
+
+@_product_search.register_fake
+def _(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
+    batch_size, subspaces, _, count = vectors.shape
+    return vectors.new_empty((batch_size, subspaces, count), dtype=torch.long)
 
 
 def _squared_distances(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
@@ -93,12 +105,17 @@ def _smallest_distance(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.
     return _squared_distances(vectors, codebooks).view(torch.int32).amin(-1)
 
 
-def _first_at_distance(vectors: torch.Tensor, codebooks: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
-    size = codebooks.shape[1]
-    index = torch.arange(size, device=vectors.device, dtype=torch.int32)
-    is_nearest = _squared_distances(vectors, codebooks) == distance.unsqueeze(-1)
-    # Where a latent is NaN, no distance equals the smallest.
-    return torch.where(is_nearest, index, size).amin(-1).clamp(max=size - 1)
+def _first_at_distance(
+    vectors: torch.Tensor, codebooks: torch.Tensor, distance: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    # Not `==`: it vectorises worse, and where a latent is NaN no distance would equal the smallest.
+    is_farther = _squared_distances(vectors, codebooks) > distance.unsqueeze(-1)
+    return torch.where(is_farther, len(index), index).amin(-1)
+
+
+def _indices(codebooks: torch.Tensor) -> torch.Tensor:
+    """0 ... K-1, handed to the kernel: it loads them faster than it makes them."""
+    return torch.arange(codebooks.shape[1], device=codebooks.device, dtype=torch.int32)
 
 
 def _nearest(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
@@ -111,7 +128,7 @@ def _fused_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongT
         return _nearest(vectors, codebooks)
     # Inductor's argmin on a CPU carries 64-bit indices along; a minimum and a look for it vectorise far better.
     distance = _squared_distances(vectors, codebooks).amin(-1)
-    return _first_at_distance(vectors, codebooks, distance).long()
+    return _first_at_distance(vectors, codebooks, distance, _indices(codebooks)).long()
 
 
 @functools.cache
@@ -124,11 +141,26 @@ def _compiled(function: Callable) -> Callable:
 def _compiled_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
     """One kernel on a GPU, two on a CPU, whatever S; falls back to the product where torch cannot compile."""
     try:
-        if vectors.is_cuda:
-            return _compiled(_nearest)(vectors, codebooks)
-        distance = _compiled(_smallest_distance)(vectors, codebooks).view(torch.float32)
-        return _compiled(_first_at_distance)(vectors, codebooks, distance).long()
+        return _search_on_gpu(vectors, codebooks) if vectors.is_cuda else _search_on_cpu(vectors, codebooks)
     except Exception as error:  # no compiler, too many shapes, ...: torch.compile's errors have no common class
         _distances_so_far[_key(vectors, codebooks)] = -math.inf
         logger.warning("torch.compile failed, so the codebook search stays slower here: %s", error)
         return _product_search(vectors, codebooks)
+
+
+def _search_on_gpu(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    torch._dynamo.mark_static(codebooks)
+    return _compiled(_nearest)(vectors, codebooks)
+
+
+def _search_on_cpu(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    batch_size, _, _, count = vectors.shape
+    # Blocks of one size let the kernels have fixed inner loops, for pictures of any size.
+    padded = F.pad(vectors, (0, -count % _BLOCK)) if count % _BLOCK else vectors
+    blocks = padded.unflatten(3, (-1, _BLOCK)).movedim(3, 1).flatten(0, 1).contiguous()
+    torch._dynamo.mark_static(codebooks)
+    for dimension in (1, 2, 3):
+        torch._dynamo.mark_static(blocks, dimension)
+    distance = _compiled(_smallest_distance)(blocks, codebooks).view(torch.float32)
+    codes = _compiled(_first_at_distance)(blocks, codebooks, distance, _indices(codebooks))
+    return codes.unflatten(0, (batch_size, -1)).movedim(1, 2).flatten(2)[..., :count].long()
