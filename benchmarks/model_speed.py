@@ -55,10 +55,10 @@ def build(path, variant, args):
 def measure(model, pixels, repeats, args):
     images = torch.rand(1, 3, pixels, pixels, device=args.device, dtype=model.dtype) * 2 - 1
     latents = model.encode(images).latents
-    steps = {"encode": lambda: model.encode(images), "decode": lambda: model.decode(latents)}
+    steps = {"encode": lambda: model.encode(images), "decode": lambda: model.decode(latents, quantize=False)}
     row = {}
     for name, step in steps.items():
-        row[f"{name}_seconds"] = measure_seconds(step, repeats, args.device, warm_up=repeats - 1)
+        row[f"{name}_seconds"] = measure_seconds(step, repeats, args.device, warm_up=max(1, repeats - 1))
         row[f"{name}_peak_gib"] = measure_peak_bytes(step, args.device) / 2**30
     return row
 

@@ -15,7 +15,7 @@ RECIPES = sorted((ROOT / "training_scripts" / "recipes").glob("*.yaml"))
 def parser():
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--learning_rate", type=float, default=1.0)
-    parser.add_argument("--kind", choices=("a", "b"), default="a")
+    parser.add_argument("--kind", choices=("a", "b", "no"), default="a")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=False)
     return parser
 
@@ -26,10 +26,15 @@ def write(folder, text):
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_defaults(parser, tmp_path):
-    config = write(tmp_path, "learning_rate: 8e-5\nflip: true\n")  # YAML 1.1 reads 8e-5 as a string
+    config = write(tmp_path, "learning_rate: 8e-5\nflip: true\n")
     args = parse_args_with_recipe(parser, [*config, "--kind", "b", "--no-flip"])
     assert (args.learning_rate, args.kind, args.flip) == (8e-5, "b", False)
     assert args.config == config[1]
+
+
+def test_values_are_what_the_flag_makes_of_them(parser, tmp_path):
+    args = parse_args_with_recipe(parser, write(tmp_path, "kind: no\nlearning_rate: 8e-5\n"))
+    assert (args.kind, args.learning_rate) == ("no", 8e-5), "YAML 1.1 would read False and a string"
 
 
 def test_works_without_a_recipe(parser):

@@ -9,6 +9,19 @@ from diffusers_pq.models import search
 from diffusers_pq.profiling import measure_peak_bytes
 
 
+@pytest.fixture(autouse=True)
+def fresh_search(monkeypatch):
+    """No test sees what another has searched or compiled."""
+    monkeypatch.setattr(search, "_distances_so_far", Counter())
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def no_fallback(caplog):
+    yield
+    assert not [record for record in caplog.records if record.name == search.__name__]
+
+
 def brute_force(latents, codebooks):
     """Nearest entries by explicit float64 distances, one subspace after the other."""
     subspaces, _, dimension = codebooks.shape
@@ -38,24 +51,41 @@ def test_chunked_search_gives_the_same_codes(monkeypatch):
 
 
 @pytest.mark.parametrize("num_subspaces", [1, 2, 4])
-def test_compiled_search_equals_float64_brute_force(num_subspaces, monkeypatch, caplog):
-    torch.compiler.reset()
+def test_compiled_search_equals_float64_brute_force(num_subspaces, monkeypatch, no_fallback):
     monkeypatch.setattr(search, "_COMPILE_AFTER", 0)
     torch.manual_seed(0)
     quantizer = ProductQuantizer(8, num_subspaces, 37).eval()
     for shape in ((3, 8, 5, 7), (1, 8, 6, 6), (2, 8, 9, 4)):  # the later ones meet kernels for any size
         latents = torch.randn(shape) * 3
         assert torch.equal(quantizer(latents).codes, brute_force(latents, quantizer.codebooks))
-    assert not [record for record in caplog.records if record.name == search.__name__], "no fallback"
 
 
 def test_search_is_compiled_once_it_has_cost_enough(monkeypatch):
     monkeypatch.setattr(search, "_COMPILE_AFTER", 2.5 * 4 * 10 * 16)
-    monkeypatch.setattr(search, "_distances_so_far", Counter())
     vectors, codebooks = torch.randn(1, 4, 2, 10), torch.randn(4, 16, 2)
-    chosen = [search._choose_search(vectors, codebooks) for _ in range(3)]
+    chosen = [search._choose_search(vectors, codebooks, False) for _ in range(3)]
     assert chosen == [search._product_search, search._product_search, search._compiled_search]
-    assert search._choose_search(vectors, torch.randn(4, 8, 2)) is search._product_search
+    assert search._choose_search(vectors, torch.randn(4, 8, 2), False) is search._product_search
+
+
+def test_in_training_the_choice_depends_on_nothing_but_the_size(monkeypatch):
+    monkeypatch.setattr(search, "_COMPILE_TRAINING_FROM", 4 * 10 * 16)
+    vectors, codebooks = torch.randn(1, 4, 2, 10), torch.randn(4, 16, 2)
+    chosen = {search._choose_search(vectors, codebooks, True) for _ in range(3)}
+    assert chosen == {search._compiled_search}
+    assert search._choose_search(vectors, codebooks[:, 1:], True) is search._product_search
+
+
+def test_a_far_origin_does_not_cost_precision():
+    torch.manual_seed(0)
+    quantizer = ProductQuantizer(8, 4, 256).eval()
+    quantizer.codebooks.data += 100
+    latents = torch.randn(2, 8, 16, 16) + 100
+    assert torch.equal(quantizer(latents).codes, brute_force(latents, quantizer.codebooks))
+
+
+def test_no_latents_have_no_codes():
+    assert ProductQuantizer(8, 4, 16)(torch.zeros(0, 8, 2, 2)).codes.shape == (0, 4, 2, 2)
 
 
 def test_without_a_compiler_the_search_goes_on(monkeypatch, caplog):
@@ -63,7 +93,6 @@ def test_without_a_compiler_the_search_goes_on(monkeypatch, caplog):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(search, "_compiled", no_compiler)
-    monkeypatch.setattr(search, "_distances_so_far", Counter())
     monkeypatch.setattr(search, "_COMPILE_AFTER", 0)
     vectors, codebooks = torch.randn(1, 4, 2, 10), torch.randn(4, 16, 2)
     expected = search._product_search(vectors, codebooks)
@@ -72,23 +101,22 @@ def test_without_a_compiler_the_search_goes_on(monkeypatch, caplog):
     assert [record.getMessage().count("no C++ compiler") for record in caplog.records] == [1]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("num_subspaces", [2, 4])
+@pytest.mark.parametrize(("num_subspaces", "compiled"), [(2, False), (2, True), (4, False)])
 def test_codes_of_nan_latents_are_valid_in_training(num_subspaces, compiled, monkeypatch):
-    monkeypatch.setattr(search, "_COMPILE_AFTER", 0 if compiled else 2**31)
+    monkeypatch.setattr(search, "_COMPILE_TRAINING_FROM", 0 if compiled else 2**31)
     quantizer = ProductQuantizer(4, num_subspaces, 8).train()
     codes = quantizer(torch.full((1, 4, 2, 2), float("nan"))).codes
     assert 0 <= codes.min() and codes.max() < 8
 
 
+@pytest.mark.parametrize("dimension", [2, 4, 8])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_memory_does_not_grow_with_the_codebooks(compiled, monkeypatch):
+def test_memory_does_not_grow_with_the_codebooks(compiled, dimension, monkeypatch, no_fallback):
     monkeypatch.setattr(search, "_COMPILE_AFTER", 0 if compiled else 2**60)
-    torch.compiler.reset()
-    vectors = torch.randn(1, 16, 2, 4096)
+    vectors = torch.randn(1, 16, dimension, 4096)
     peaks = []
     for size in (64, 512):
-        codebooks = torch.randn(16, size, 2)
+        codebooks = torch.randn(16, size, dimension)
         search.nearest_codes(vectors, codebooks)
         peaks.append(measure_peak_bytes(functools.partial(search.nearest_codes, vectors, codebooks), "cpu"))
     all_distances = 16 * 4096 * 512 * 4
@@ -169,10 +197,10 @@ def test_compiles_without_graph_breaks(channels, num_subspaces):
     assert torch.equal(compiled.codes, quantizer(latents).codes)
 
 
-def test_a_compiled_quantizer_does_not_store_the_distances():
-    torch.compiler.reset()
-    latents = torch.randn(1, 32, 64, 64)
-    quantizer = ProductQuantizer(32, 16, 512).eval()
+@pytest.mark.parametrize("dimension", [2, 4, 8])
+def test_a_compiled_quantizer_does_not_store_the_distances(dimension):
+    latents = torch.randn(1, 16 * dimension, 64, 64)
+    quantizer = ProductQuantizer(16 * dimension, 16, 512).eval()
     compiled = torch.compile(quantizer, fullgraph=True)
     compiled(latents)
     all_distances = 16 * 64 * 64 * 512 * 4
@@ -187,7 +215,6 @@ def operators(function):
 
 
 def test_the_search_takes_a_handful_of_kernels_whatever_the_number_of_subspaces(monkeypatch):
-    torch.compiler.reset()
     monkeypatch.setattr(search, "_COMPILE_AFTER", 0)
     names = []
     for num_subspaces in (4, 64):

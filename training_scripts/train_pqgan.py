@@ -42,7 +42,6 @@ from diffusers_pq.training.initialisation import (
     collect_latents,
     copy_matching_weights,
     kmeans_codebooks,
-    orthogonal_init,
     pca_init,
 )
 from diffusers_pq.training.losses import load_perceptual_loss
@@ -70,9 +69,9 @@ def parse_args(argv=None):
     )
     model.add_argument(
         "--weight_init",
-        choices=("default", "orthogonal", "pca"),
+        choices=("default", "pca"),
         default="default",
-        help="the paper's (torch's), orthogonal convolutions, or the linear autoencoder that fits the first crops",
+        help="torch's, as in the paper, or the linear autoencoder that fits the first crops",
     )
     model.add_argument("--quantize_from_step", type=int, default=0, help="train without quantiser up to this step")
     model.add_argument(
@@ -133,7 +132,7 @@ def parse_args(argv=None):
     run.add_argument("--report_to", default="tensorboard")
     run.add_argument("--checkpointing_steps", type=int, default=5000)
     run.add_argument("--checkpoints_total_limit", type=int)
-    run.add_argument("--resume_from_checkpoint", help='"latest" or a checkpoint')
+    run.add_argument("--resume_from_checkpoint", help='"latest", a checkpoint, or "none"')
     run.add_argument("--validation_steps", type=int, default=5000)
     run.add_argument("--num_validation_images", type=int, default=64)
     run.add_argument("--push_to_hub", action=argparse.BooleanOptionalAction, default=False)
@@ -162,8 +161,6 @@ def build_model(args):
         autoencoder = load_autoencoder(args.pretrained_model_name_or_path).train()
     else:
         autoencoder = create_autoencoder(args.model_config_name_or_path)
-        if args.weight_init == "orthogonal":
-            orthogonal_init(autoencoder)
         if args.backbone_name_or_path:
             fresh = copy_matching_weights(autoencoder, load_autoencoder(args.backbone_name_or_path))
             logger.info("Not taken from %s: %s", args.backbone_name_or_path, ", ".join(fresh) or "nothing")
@@ -173,6 +170,16 @@ def build_model(args):
     if args.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
     return ReconstructionModel(autoencoder)
+
+
+def build_discriminator(args):
+    """A fresh one, or the one that the pretrained autoencoder was trained against."""
+    if not args.discriminator_weight:
+        return None
+    trained = Path(args.pretrained_model_name_or_path or "", "discriminator")
+    if args.pretrained_model_name_or_path and trained.is_dir():
+        return PatchDiscriminator.from_pretrained(trained, use_safetensors=True).train()
+    return PatchDiscriminator()
 
 
 def build_loaders(args, first_sample):
@@ -237,7 +244,8 @@ def ema_weights(ema, autoencoder):
 def first_crops(args, crops):
     """Batches of the run's first crops, the same in every process."""
     sampler = EpochSampler(len(crops), args.seed)
-    return DataLoader(crops, args.train_batch_size, sampler=sampler, collate_fn=torch.cat)
+    pictures = args.train_batch_size // args.crops_per_image
+    return DataLoader(crops, pictures, sampler=sampler, collate_fn=torch.cat)
 
 
 def fit_to_images(args, autoencoder, crops):
@@ -300,7 +308,7 @@ def main(args):
         args.perceptual_weight, args.codebook_weight if is_quantized else args.kl_weight, args.discriminator_weight
     )
     perceptual_loss = load_perceptual_loss().to(accelerator.device) if args.perceptual_weight else None
-    discriminator = PatchDiscriminator() if args.discriminator_weight else None
+    discriminator = build_discriminator(args)
 
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=betas)

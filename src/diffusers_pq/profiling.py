@@ -11,7 +11,8 @@ import torch
 
 def describe_machine(device: str) -> str:
     """Device, threads, architecture and torch version, for the record beside every measurement."""
-    return f"{device}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
+    name = device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{name}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
 
 
 def measure_seconds(
@@ -23,7 +24,7 @@ def measure_seconds(
         started = time.perf_counter()
         function()
         if device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[warm_up:])
 
@@ -31,10 +32,10 @@ def measure_seconds(
 def measure_peak_bytes(function: Callable[[], object], device: str) -> int:
     """The most that torch (no other library) held at once during a call, beyond what it held before."""
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         function()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     held = peak = 0

@@ -86,6 +86,9 @@ class ProductQuantizer(nn.Module):
             ValueError: if the codes are not integers, have the wrong shape or lie outside `[0, codebook_size)`.
         """
         self._check_codes(codes)
+        return self._lookup(codes)
+
+    def _lookup(self, codes: torch.LongTensor) -> torch.Tensor:
         batch_size, _, height, width = codes.shape
         first_entry = torch.arange(self.num_subspaces, device=codes.device).view(-1, 1, 1) * self.codebook_size
         entries = F.embedding(codes.long() + first_entry, self.codebooks.flatten(0, 1))
@@ -104,13 +107,13 @@ class ProductQuantizer(nn.Module):
                 values pass on to the loss, where the training loop sees them without a device synchronisation here.
         """
         self._check_latents(latents)
-        codes = nearest_codes(self.split(latents), self.codebooks).unflatten(2, latents.shape[2:])
+        codes = nearest_codes(self.split(latents), self.codebooks, self.training).unflatten(2, latents.shape[2:])
 
         with torch.autocast(latents.device.type, enabled=False):
-            z_e, z_q = latents.float(), self.lookup(codes).float()
+            z_e, z_q = latents.float(), self._lookup(codes).float()
             # Eq. 1: |z_e - sg(z_q)|^2 + beta |sg(z_e) - z_q|^2
             loss = F.mse_loss(z_e, z_q.detach()) + self.commitment_beta * F.mse_loss(z_q, z_e.detach())
-            # Straight-through; z_e - sg(z_e) is exactly zero, so the value is the codebook entry to the last bit.
+            # Straight-through; z_e - sg(z_e) is exactly zero, so in float32 the value is the codebook entry itself.
             z_q = z_q.detach() + (z_e - z_e.detach())
         return ProductQuantizerOutput(latents=z_q.to(latents.dtype), codes=codes, loss=loss)
 

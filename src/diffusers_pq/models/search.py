@@ -1,5 +1,6 @@
 """Exact nearest neighbours in the codebooks of all subspaces at once, without a distance matrix in memory."""
 
+import contextlib
 import functools
 import logging
 import math
@@ -20,6 +21,9 @@ _MAX_FUSED_DIMENSION = 16
 # compiling takes seconds too, which a single picture would never earn back.
 _COMPILE_AFTER = 2**31
 
+# In training it is compiled at once, if a search takes at least so many distances: a choice that a run which resumes
+# makes in the same way, since the kernels may break near ties differently.
+_COMPILE_TRAINING_FROM = 2**22
 # Latent pixels that the compiled search on a CPU handles together.
 _BLOCK = 256
 
@@ -27,36 +31,54 @@ _distances_so_far = Counter()
 
 
 @torch.no_grad()
-def nearest_codes(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+def nearest_codes(vectors: torch.Tensor, codebooks: torch.Tensor, training: bool = False) -> torch.LongTensor:
     """
     Exact Euclidean nearest neighbour of every sub-vector in the codebook of its subspace.
 
-    The distances are computed in float32 whatever autocast or the inputs' dtype say: in half precision, neighbouring
-    entries become ties. Of entries at equal distance any may be returned. Where a value is NaN, so is every distance,
-    and the code is arbitrary but valid.
+    The distances are computed in float32 whatever autocast, TF32 or the inputs' dtype say: in less, neighbouring
+    entries become ties. Of entries whose distances are equal within rounding any may be returned. Where a value is
+    NaN, so is every distance, and the code is arbitrary but valid.
 
     Args:
         vectors (`torch.Tensor` of shape `(B, S, d/S, P)`): P sub-vectors in each of S subspaces, for B pictures.
         codebooks (`torch.Tensor` of shape `(S, K, d/S)`): K entries for each subspace.
+        training (`bool`): The same search will be made many times, and by the same kernel also in a run that resumes.
 
     Returns:
         `torch.LongTensor` of shape `(B, S, P)`: indices in `[0, K)`.
     """
     with torch.autocast(vectors.device.type, enabled=False):
-        return _choose_search(vectors, codebooks)(vectors.float().contiguous(), codebooks.float())
+        vectors, codebooks = vectors.float().contiguous(), codebooks.detach().float()
+        if vectors.is_cuda and torch.compiler.is_compiling() and codebooks.shape[-1] <= _MAX_FUSED_DIMENSION:
+            return _nearest(vectors, codebooks)
+        return _search(vectors, codebooks, training)
 
 
-def _choose_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> Callable:
+# Opaque to torch.compile, which would otherwise unroll the loop over chunks or store distances that are used twice.
+@torch.library.custom_op("diffusers_pq::nearest_codes", mutates_args=())
+def _search(vectors: torch.Tensor, codebooks: torch.Tensor, training: bool) -> torch.Tensor:
+    if vectors.numel() == 0:
+        return vectors.new_empty(vectors[:, :, 0].shape, dtype=torch.long)
+    return _choose_search(vectors, codebooks, training)(vectors, codebooks).contiguous()
+
+
+@_search.register_fake
+def _(vectors: torch.Tensor, codebooks: torch.Tensor, training: bool) -> torch.Tensor:
+    batch_size, subspaces, _, count = vectors.shape
+    return vectors.new_empty((batch_size, subspaces, count), dtype=torch.long)
+
+
+def _choose_search(vectors: torch.Tensor, codebooks: torch.Tensor, training: bool) -> Callable:
     dimension = codebooks.shape[-1]
     if dimension == 1:
         return _sorted_search
-    if dimension > _MAX_FUSED_DIMENSION:
+    if dimension > _MAX_FUSED_DIMENSION or torch._dynamo.config.disable:
         return _product_search
-    if torch.compiler.is_compiling():
-        return _fused_search
     key = _key(vectors, codebooks)
-    _distances_so_far[key] += vectors[:, :, 0].numel() * codebooks.shape[1]
-    return _compiled_search if _distances_so_far[key] > _COMPILE_AFTER else _product_search
+    distances = vectors[:, :, 0].numel() * codebooks.shape[1]
+    _distances_so_far[key] += distances
+    worth_compiling = distances >= _COMPILE_TRAINING_FROM if training else _distances_so_far[key] > _COMPILE_AFTER
+    return _compiled_search if worth_compiling and _distances_so_far[key] > 0 else _product_search
 
 
 def _key(vectors: torch.Tensor, codebooks: torch.Tensor) -> tuple:
@@ -73,26 +95,34 @@ def _sorted_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Long
     return order.gather(1, ranks).view(subspaces, batch_size, count).transpose(0, 1)
 
 
-# Opaque to torch.compile, which would otherwise unroll the loop into its graph.
-@torch.library.custom_op("diffusers_pq::product_search", mutates_args=())
-def _product_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
+def _product_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
     """|z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change which entry is nearest: one batched product."""
     batch_size, subspaces, dimension, count = vectors.shape
-    rows = vectors.permute(1, 0, 3, 2).reshape(subspaces, batch_size * count, dimension)
+    # Distances do not change with the origin, but what cancels in the product does.
+    origin = codebooks.mean(1, keepdim=True)
+    rows = vectors.permute(1, 0, 3, 2).reshape(subspaces, batch_size * count, dimension) - origin
+    codebooks = codebooks - origin
     squared_norms = codebooks.square().sum(-1).unsqueeze(1)
     entries = codebooks.transpose(1, 2)
     limit = _DISTANCES_AT_ONCE.get(vectors.device.type, 2**24)
     rows_at_once = max(1, limit // (subspaces * codebooks.shape[1]))
-    codes = [
-        torch.baddbmm(squared_norms, part, entries, alpha=-2).argmin(-1) for part in rows.split(rows_at_once, dim=1)
-    ]
-    return torch.cat(codes, dim=1).view(subspaces, batch_size, count).transpose(0, 1).contiguous()
+    with _full_precision():
+        codes = [
+            torch.baddbmm(squared_norms, part, entries, alpha=-2).argmin(-1)
+            for part in rows.split(rows_at_once, dim=1)
+        ]
+    return torch.cat(codes, dim=1).view(subspaces, batch_size, count).transpose(0, 1)
 
 
-@_product_search.register_fake
-def _(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
-    batch_size, subspaces, _, count = vectors.shape
-    return vectors.new_empty((batch_size, subspaces, count), dtype=torch.long)
+@contextlib.contextmanager
+def _full_precision():
+    """No TF32, which keeps 10 bits of a product's factors."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _squared_distances(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
@@ -119,16 +149,8 @@ def _indices(codebooks: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    """One reduction on a GPU. On a CPU its 64-bit indices vectorise badly."""
     return _squared_distances(vectors, codebooks).argmin(-1)
-
-
-def _fused_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
-    """For a graph that is being compiled."""
-    if vectors.is_cuda:
-        return _nearest(vectors, codebooks)
-    # Inductor's argmin on a CPU carries 64-bit indices along; a minimum and a look for it vectorise far better.
-    distance = _squared_distances(vectors, codebooks).amin(-1)
-    return _first_at_distance(vectors, codebooks, distance, _indices(codebooks)).long()
 
 
 @functools.cache
@@ -141,8 +163,12 @@ def _compiled(function: Callable) -> Callable:
 def _compiled_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
     """One kernel on a GPU, two on a CPU, whatever S; falls back to the product where torch cannot compile."""
     try:
-        return _search_on_gpu(vectors, codebooks) if vectors.is_cuda else _search_on_cpu(vectors, codebooks)
-    except Exception as error:  # no compiler, too many shapes, ...: torch.compile's errors have no common class
+        # The limit is for functions that are recompiled by accident; here every shape of codebooks is one compilation.
+        with torch._dynamo.config.patch(recompile_limit=256):
+            return _search_on_gpu(vectors, codebooks) if vectors.is_cuda else _search_on_cpu(vectors, codebooks)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, say: torch.compile's errors have no common class
         _distances_so_far[_key(vectors, codebooks)] = -math.inf
         logger.warning("torch.compile failed, so the codebook search stays slower here: %s", error)
         return _product_search(vectors, codebooks)

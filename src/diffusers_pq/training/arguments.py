@@ -34,15 +34,16 @@ def parse_args_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | No
 
 
 def _read_recipe(path: Path) -> list[str]:
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # Scalars stay strings, for the parser to convert: YAML itself would make `no` a boolean.
+    values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     if not isinstance(values, dict):
         raise ValueError("a recipe must map flags to values")
     return [_flag(name, value) for name, value in values.items()]
 
 
 def _flag(name: str, value) -> str:
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    if value is None or isinstance(value, (dict, list)):
+    if value in ("true", "false"):
+        return f"--{name}" if value == "true" else f"--no-{name}"
+    if not isinstance(value, str):
         raise ValueError(f"`{name}` must be a number, a string, true or false, but is {value!r}")
     return f"--{name}={value}"

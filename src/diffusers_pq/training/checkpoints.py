@@ -79,7 +79,7 @@ def find_checkpoint(output_dir: str, resume_from: str | None) -> Path | None:
 
     Args:
         output_dir (`str`): Where the run writes.
-        resume_from (`str`, *optional*): `"latest"`, the name of a checkpoint in `output_dir`, or a path.
+        resume_from (`str`, *optional*): `"latest"`, the name of a checkpoint in `output_dir`, a path, or `"none"`.
 
     Returns:
         `Path`, or `None` if nothing was asked for or `"latest"` found none.
@@ -88,7 +88,7 @@ def find_checkpoint(output_dir: str, resume_from: str | None) -> Path | None:
         FileNotFoundError: if a named checkpoint does not exist; the message lists those that do.
         ValueError: if a named checkpoint is damaged.
     """
-    if resume_from is None:
+    if resume_from in (None, "none"):
         return None
     existing = list_checkpoints(output_dir)
     if resume_from == "latest":

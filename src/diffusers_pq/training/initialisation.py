@@ -1,11 +1,14 @@
 """Starts for the weights of an autoencoder. The paper uses none of them; they make short runs worth while."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 
 from ..models.quantizer import ProductQuantizer
 from ..models.search import nearest_codes
@@ -23,43 +26,39 @@ _LOG_VARIANCE = -6.0
 
 
 @torch.no_grad()
-def orthogonal_init(model: nn.Module):
-    """
-    Start every convolution from an orthogonal weight without bias, and every residual block from the identity.
-
-    torch's default shrinks the signal at each layer until the biases drown it, which costs short runs many steps.
-    Weights are changed in place.
-    """
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d):
-            continue
-        nn.init.zeros_(module.bias)
-        if name.endswith("conv2"):  # the last convolution of a ResnetBlock2D's residual branch
-            nn.init.zeros_(module.weight)
-        else:
-            nn.init.orthogonal_(module.weight)
-
-
-@torch.no_grad()
 def pca_init(model: nn.Module, images: torch.Tensor, num_subspaces: int = 1):
     """
     Start an autoencoder as the best linear one that its layers can hold, fitted to pictures.
 
-    Residual blocks start from the identity ([`orthogonal_init`]), which leaves a chain of convolutions. In the
-    encoder, each strided one takes the principal components of its 2 x 2 patches. In the decoder, each convolution
-    behind an upsampling is fitted by least squares to what the encoder held at that resolution. The final
-    normalisation and activation of both halves are passed in pairs of x and -x, of which silu(x) - silu(-x) = x.
+    Residual and attention blocks start from the identity, which leaves a chain of convolutions. In the encoder, each
+    strided one takes the principal components of its 2 x 2 patches. In the decoder, each convolution behind an
+    upsampling is fitted by least squares to what the encoder held at that resolution. The final normalisation and
+    activation of both halves are passed in pairs of x and -x, of which silu(x) - silu(-x) = x; a half whose last block
+    does not change the number of channels has no place for the pairs, and starts from a poorer fit.
 
     Args:
-        model ([`PQModel`] or `AutoencoderKL`): Changed in place. Its blocks must be `DownEncoderBlock2D` and
-            `UpDecoderBlock2D`, without attention in the middle.
+        model ([`PQModel`] or `AutoencoderKL`): Changed in place.
         images (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1].
         num_subspaces (`int`): The components are dealt out to so many subspaces, the largest with the smallest, so
             that all subspaces have about as much to tell.
     """
-    orthogonal_init(model)
+    _set_branches_to_zero(model)
     streams, latents = _init_encoder(model, images, num_subspaces)
     _init_decoder(model, latents, streams, images)
+
+
+def _set_branches_to_zero(model: nn.Module):
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.orthogonal_(module.conv1.weight)
+            nn.init.zeros_(module.conv1.bias)
+            last = module.conv2
+        elif isinstance(module, Attention):
+            last = module.to_out[0]
+        else:
+            continue
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
 
 def _init_encoder(model: nn.Module, images: torch.Tensor, num_subspaces: int) -> tuple[list, torch.Tensor]:
@@ -135,6 +134,7 @@ def _set_principal_components(conv: nn.Conv2d, stream: torch.Tensor, used: int) 
     count = min(conv.out_channels, patches.shape[1])
     directions = _eigenvectors(patches)[:, :count]
     nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
     # diffusers pads at the right and the bottom: a 3 x 3 kernel begins with its patch.
     conv.weight[:count, :used, :2, :2] = directions.T.reshape(count, used, 2, 2)
     return count
@@ -159,15 +159,23 @@ def _eigenvectors(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1).float()
 
 
+def _sample_patches(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """3 x 3 patches with a 1 for the bias, and the targets' pixels in their middles, as float64 rows."""
+    patches, wanted = [], []
+    for one_input, one_target in zip(inputs, targets):  # one after the other: all patches of all pictures are too many
+        rows = F.unfold(one_input[None], 3, padding=1)[0].T
+        chosen = torch.randperm(len(rows), device=rows.device)[: math.ceil(_MAX_PATCHES / len(inputs))]
+        patches.append(F.pad(rows[chosen], (0, 1), value=1.0).double())
+        wanted.append(one_target.flatten(1).T[chosen].double())
+    return torch.cat(patches), torch.cat(wanted)
+
+
 def _fit_convolution(conv: nn.Conv2d, inputs: torch.Tensor, targets: torch.Tensor):
     """Ridge regression of a 3 x 3 convolution and its bias; output channels beyond the targets' become zero."""
-    patches = F.unfold(inputs, 3, padding=1).transpose(1, 2).flatten(0, 1)
-    wanted = targets.movedim(1, -1).flatten(0, -2)
-    chosen = torch.randperm(len(patches), device=patches.device)[:_MAX_PATCHES]
-    patches = F.pad(patches[chosen], (0, 1), value=1.0).double()
+    patches, wanted = _sample_patches(inputs, targets)
     gram = patches.T @ patches
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-    solution = torch.linalg.solve(gram, patches.T @ wanted[chosen].double()).T.to(conv.weight.dtype)
+    solution = torch.linalg.solve(gram, patches.T @ wanted).T.to(conv.weight.dtype)
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
     conv.weight[: len(solution)] = solution[:, :-1].reshape(len(solution), *conv.weight.shape[1:])
