@@ -90,6 +90,11 @@ def build_methods(codebooks, device, threads):
     return methods
 
 
+def calls_until_compiled(distances):
+    """After so many searches of this many distances, ours has had itself compiled, as it would in a long run."""
+    return 1 + search._COMPILE_AFTER // distances
+
+
 @torch.no_grad()
 def measure_search(channels, subspaces, size, count, args):
     """Times of all methods on one shape, and the share of codes in which ours differs from float64 brute force."""
@@ -99,8 +104,7 @@ def measure_search(channels, subspaces, size, count, args):
     latents = torch.randn(1, channels, side, side, generator=generator).to(args.device)
     row = {"d": channels, "S": subspaces, "K": size, "N": count, "seconds": {}, "peak_bytes": {}}
     for name, method in build_methods(codebooks, args.device, args.threads).items():
-        # Enough for our search to have itself compiled, as it would in a long run.
-        warm_up = 1 + (search._COMPILE_AFTER // (count * subspaces * size) if name == "ours" else 0)
+        warm_up = calls_until_compiled(count * subspaces * size) if name == "ours" else 1
         search_once = functools.partial(method, latents)
         row["seconds"][name] = measure_seconds(search_once, args.repeats, args.device, warm_up, at_most=2)
         if name != "faiss":
@@ -129,7 +133,7 @@ def measure_model(path, args, pixels=256):
     latents = model.encode(images).latents
     config = model.config
     distances = latents[0, 0].numel() * config.num_subspaces * config.codebook_size
-    warm_up = 1 + search._COMPILE_AFTER // distances
+    warm_up = calls_until_compiled(distances)
     quantisation = measure_seconds(lambda: model.quantize(latents), args.repeats, args.device, warm_up)
     whole = measure_seconds(lambda: model(images), 3, args.device)
     return {

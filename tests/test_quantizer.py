@@ -13,6 +13,7 @@ from diffusers_pq.profiling import measure_peak_bytes
 def fresh_search(monkeypatch):
     """No test sees what another has searched or compiled."""
     monkeypatch.setattr(search, "_distances_so_far", Counter())
+    monkeypatch.setattr(search, "_failed_to_compile", set())
     torch.compiler.reset()
 
 

@@ -281,22 +281,24 @@ def test_generator_step_leaves_the_discriminator_trainable(model, images):
 
 @pytest.mark.parametrize("model", ["pq", "kl"])
 def test_starts_from_the_linear_autoencoder_of_its_pictures(workspace, model):
-    extra = (
-        "--learning_rate",
-        "0",
-        "--discriminator_weight",
-        "0",
-        "--validation_steps",
-        "1",
-        "--max_train_steps",
-        "1",
-    )
-    extra += ("--codebook_init", "kmeans", "--kmeans_vectors_per_entry", "4")
+    extra = ("--learning_rate", "0", "--discriminator_weight", "0", "--max_train_steps", "1")
+    extra += ("--validation_steps", "1", "--codebook_init", "kmeans", "--kmeans_vectors_per_entry", "4")
     psnr = {}
     for start in ("default", "pca"):
         result = run(workspace, start, *extra, "--weight_init", start, model=model)
         psnr[start] = float(re.search(r"step 1: psnr ([\d.]+)", result.stderr).group(1))
     assert psnr["pca"] > psnr["default"] + 5, psnr
+
+
+def test_fine_tuning_goes_on_with_the_discriminator_of_the_pretrained_model(tmp_path):
+    trained = PatchDiscriminator()
+    trained.save_pretrained(tmp_path / "discriminator")
+    script = runpy.run_path(str(SCRIPT))
+    source = ("--pretrained_model_name_or_path", str(tmp_path))
+    loaded = script["build_discriminator"](script["parse_args"](source))
+    assert loaded.training
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in trained.state_dict().items())
+    assert script["build_discriminator"](script["parse_args"]((*source, "--discriminator_weight", "0"))) is None
 
 
 def test_takes_the_backbone_of_another_kind_of_autoencoder(workspace):

@@ -176,9 +176,9 @@ def build_discriminator(args):
     """A fresh one, or the one that the pretrained autoencoder was trained against."""
     if not args.discriminator_weight:
         return None
-    trained = Path(args.pretrained_model_name_or_path or "", "discriminator")
-    if args.pretrained_model_name_or_path and trained.is_dir():
-        return PatchDiscriminator.from_pretrained(trained, use_safetensors=True).train()
+    pretrained = args.pretrained_model_name_or_path
+    if pretrained and Path(pretrained, "discriminator").is_dir():
+        return PatchDiscriminator.from_pretrained(Path(pretrained, "discriminator"), use_safetensors=True).train()
     return PatchDiscriminator()
 
 

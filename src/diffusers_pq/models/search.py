@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -20,7 +19,6 @@ _MAX_FUSED_DIMENSION = 16
 # The fused search is compiled once a shape of codebooks has cost so many distances (a few seconds on a CPU's core):
 # compiling takes seconds too, which a single picture would never earn back.
 _COMPILE_AFTER = 2**31
-
 # In training it is compiled at once, if a search takes at least so many distances: a choice that a run which resumes
 # makes in the same way, since the kernels may break near ties differently.
 _COMPILE_TRAINING_FROM = 2**22
@@ -28,6 +26,7 @@ _COMPILE_TRAINING_FROM = 2**22
 _BLOCK = 256
 
 _distances_so_far = Counter()
+_failed_to_compile = set()
 
 
 @torch.no_grad()
@@ -72,13 +71,13 @@ def _choose_search(vectors: torch.Tensor, codebooks: torch.Tensor, training: boo
     dimension = codebooks.shape[-1]
     if dimension == 1:
         return _sorted_search
-    if dimension > _MAX_FUSED_DIMENSION or torch._dynamo.config.disable:
-        return _product_search
     key = _key(vectors, codebooks)
+    if dimension > _MAX_FUSED_DIMENSION or torch._dynamo.config.disable or key in _failed_to_compile:
+        return _product_search
     distances = vectors[:, :, 0].numel() * codebooks.shape[1]
     _distances_so_far[key] += distances
     worth_compiling = distances >= _COMPILE_TRAINING_FROM if training else _distances_so_far[key] > _COMPILE_AFTER
-    return _compiled_search if worth_compiling and _distances_so_far[key] > 0 else _product_search
+    return _compiled_search if worth_compiling else _product_search
 
 
 def _key(vectors: torch.Tensor, codebooks: torch.Tensor) -> tuple:
@@ -169,7 +168,7 @@ def _compiled_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Lo
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, say: torch.compile's errors have no common class
-        _distances_so_far[_key(vectors, codebooks)] = -math.inf
+        _failed_to_compile.add(_key(vectors, codebooks))
         logger.warning("torch.compile failed, so the codebook search stays slower here: %s", error)
         return _product_search(vectors, codebooks)
 

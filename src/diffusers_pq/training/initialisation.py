@@ -247,8 +247,9 @@ def kmeans_codebooks(quantizer: ProductQuantizer, latents: torch.Tensor, iterati
     Raises:
         ValueError: if there are fewer latent pixels than codebook entries.
     """
-    # [S, N, d/S]
+    # [S, N, d/S], and [1, S, d/S, N] for the search
     vectors = quantizer.split(latents.float()).permute(1, 0, 3, 2).flatten(1, 2)
+    columns = vectors.transpose(1, 2)[None].contiguous()
     subspaces, count, dimension = vectors.shape
     size = quantizer.codebook_size
     if count < size:
@@ -260,7 +261,7 @@ def kmeans_codebooks(quantizer: ProductQuantizer, latents: torch.Tensor, iterati
 
     centres = random_vectors()
     for _ in range(iterations):
-        codes = nearest_codes(vectors.transpose(1, 2)[None], centres)[0]
+        codes = nearest_codes(columns, centres)[0]
         members = torch.zeros(subspaces, size, device=vectors.device).scatter_add_(
             1, codes, torch.ones_like(codes, dtype=torch.float32)
         )
