@@ -15,19 +15,24 @@ train = [
     "torchmetrics>=1.6",
     "tensorboard>=2.16",
     "tqdm>=4.66",
-    "pyyaml>=6.0",
+    "torchdata>=0.11",
+    "peft>=0.15",
 ]
 eval_ = [
-    "torchmetrics>=1.6",
+    "torchmetrics>=1.9",
+    "torch-fidelity>=0.4",
     "lpips>=0.1.4",
     "torchvision>=0.21",
+    "datasets>=5.2",
+    "tqdm>=4.66",
     "matplotlib>=3.9",
     "scikit-image>=0.24",
     "scikit-learn>=1.5",
 ]
+compress = ["constriction>=0.4", "torchmetrics>=1.6", "torchvision>=0.21"]
 # What the benchmarks compare with.
 benchmark = ["faiss-cpu>=1.8", "vector-quantize-pytorch>=1.20"]
-dev = ["pytest>=8.0", "pytest-xdist>=3.6", "build>=1.2", "ruff>=0.12", "peft>=0.15"]
+dev = ["pytest>=8.0", "pytest-xdist>=3.6", "build>=1.2", "ruff>=0.12"]
 
 setup(
     name="diffusers_pq",
@@ -50,7 +55,14 @@ setup(
         "numpy",
         "packaging",
         "pillow>=10.0",
+        "pyyaml>=6.0",
     ],
-    extras_require={"train": train, "eval": eval_, "benchmark": [*benchmark, *eval_], "dev": [*dev, *train, *eval_]},
+    extras_require={
+        "train": train,
+        "eval": eval_,
+        "compress": compress,
+        "benchmark": [*benchmark, *compress, *eval_],
+        "dev": [*dev, *train, *eval_, *compress],
+    },
     entry_points={"console_scripts": ["diffusers-pq=diffusers_pq.cli:main"]},
 )

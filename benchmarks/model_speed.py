@@ -3,8 +3,9 @@
 
     python benchmarks/model_speed.py                       # on a GPU: --device cuda --dtype float16
 
-Writes model_speed.json. The models have their full size and random weights, since only time and memory are measured;
-the tiling is measured on photographs with the trained model of --tiling_model.
+Writes model_speed.json and tiling.json; rows of earlier runs not measured again stay. The models have
+their full size and random weights, since only time and memory are measured; the tiling is measured on photographs with
+the trained model of --tiling_model.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tiling_model", default="model_cards/pqgan-mini-f8-pq")
+    parser.add_argument("--tiling_pixels", type=int, default=1536)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args(argv)
 
@@ -58,8 +60,9 @@ def measure(model, pixels, repeats, args):
     steps = {"encode": lambda: model.encode(images), "decode": lambda: model.decode(latents, quantize=False)}
     row = {}
     for name, step in steps.items():
-        row[f"{name}_seconds"] = measure_seconds(step, repeats, args.device, warm_up=max(1, repeats - 1))
+        # The call that is measured for memory comes first: it also warms up, and compiles.
         row[f"{name}_peak_gib"] = measure_peak_bytes(step, args.device) / 2**30
+        row[f"{name}_seconds"] = measure_seconds(step, repeats, args.device, warm_up=repeats - 1)
     return row
 
 
@@ -82,23 +85,30 @@ def measure_tiling(path, pixels, args):
     return {"model": path, "pixels": pixels, "tile": model.tile_sample_min_size, **means}
 
 
+def save_row(path, row, key):
+    """Add a row to a table of rows in a JSON file; it replaces an earlier one that measured the same."""
+    table = json.loads(path.read_text()) if path.is_file() else []
+    table = [other for other in table if any(other[name] != row[name] for name in key)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([*table, row], indent=2) + "\n")
+    print(json.dumps(row), flush=True)
+
+
 def main(args):
-    rows = []
+    where = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{describe_machine(args.device)}, {args.dtype}",
+    }
     for path in args.models:
         for variant in args.variants:
             model = build(path, variant, args)
             for pixels in tqdm(args.pixels, desc=f"{path} {variant}"):
                 repeats = args.repeats if pixels <= 256 or args.device != "cpu" else 1
-                rows.append(
-                    {"model": path, "variant": variant, "pixels": pixels} | measure(model, pixels, repeats, args)
-                )
-                print(json.dumps(rows[-1]), flush=True)
-    tiling = measure_tiling(args.tiling_model, max(args.pixels), args)
-    print(json.dumps(tiling))
-    machine = f"{describe_machine(args.device)}, {args.dtype}"
-    record = {"date": datetime.date.today().isoformat(), "machine": machine, "models": rows, "tiling": tiling}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "model_speed.json").write_text(json.dumps(record, indent=2) + "\n")
+                row = {"model": path, "variant": variant, "pixels": pixels} | where
+                row |= measure(model, pixels, repeats, args)
+                save_row(args.output_dir / "model_speed.json", row, ("model", "variant", "pixels", "machine"))
+    row = measure_tiling(args.tiling_model, args.tiling_pixels, args) | where
+    save_row(args.output_dir / "tiling.json", row, ("model", "pixels", "machine"))
 
 
 if __name__ == "__main__":

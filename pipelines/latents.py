@@ -1,11 +1,24 @@
-"""What the Stable Diffusion pipelines on product-quantised latents share: encoding, decoding and checks."""
+"""What the Stable Diffusion pipelines on product-quantised latents share: encoding, decoding, checks, saving."""
 
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 from diffusers_pq.models.autoencoder_pq import PQModel
+
+
+_PIPELINE_CODE = """try:
+    from diffusers_pq import {name}  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "diffusers_pq":
+        raise
+    raise ImportError("{name} needs the Python package `diffusers_pq`, which is not installed: install it.") from error
+"""
+_VAE_CODE = "from diffusers_pq import PQModel  # noqa: F401\n"
 
 
 class PQLatentsMixin:
@@ -21,6 +34,53 @@ class PQLatentsMixin:
         # Every pipeline hands its components to this method when it is built.
         _check_components(modules.get("vae"), modules.get("unet"))
         super().register_modules(**modules)
+
+    def to_json_file(self, json_file_path: str | os.PathLike):
+        """
+        Write `model_index.json` and, beside it, the code by which `DiffusionPipeline.from_pretrained` finds this class
+        and the `PQModel` with `trust_remote_code=True`. It only imports them; `diffusers_pq` must be installed.
+        diffusers prefers it to a `custom_pipeline`: load sibling pipelines by their own classes.
+        """
+        path = Path(json_file_path)
+        config = json.loads(self.to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.with_name("pipeline.py").write_text(_PIPELINE_CODE.format(name=type(self).__name__), encoding="utf-8")
+        vae_path = path.with_name("vae") / "diffusers_pq.py"
+        vae_path.parent.mkdir(exist_ok=True)
+        vae_path.write_text(_VAE_CODE, encoding="utf-8")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        # This class is at hand already: no code that came with the files is run.
+        config = super()._dict_from_json_file(json_file) | {"_class_name": cls.__name__}
+        if config.get("vae") == ["diffusers_pq", "PQModel"]:
+            config["vae"] = [PQModel.__module__, "PQModel"]
+        return config
+
+    @classmethod
+    def lora_state_dict(cls, *args, **kwargs):
+        state_dict, *others = super().lora_state_dict(*args, **kwargs)
+        return ({name: value for name, value in state_dict.items() if not _is_convolution(name)}, *others)
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
+        """
+        As the parent's; an adapter trained by `train_pqsd.py --lora_rank` also holds the widened first and last
+        convolution, which replace those of the UNet, and stay when the adapter is unloaded.
+
+        Raises:
+            ValueError: if these convolutions are for another number of latent channels.
+        """
+        loading = {name: value for name, value in kwargs.items() if name not in ("hotswap", "low_cpu_mem_usage")}
+        state_dict = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **loading)[0]
+        convolutions = {name.removeprefix("unet."): v for name, v in state_dict.items() if _is_convolution(name)}
+        channels = self.unet.config.in_channels
+        if convolutions and convolutions["conv_in.weight"].shape[1] != channels:
+            raise ValueError(
+                f"The adapter is for {convolutions['conv_in.weight'].shape[1]} latent channels, but the UNet has "
+                f"{channels}: load the pipeline with the `vae` that lies beside the adapter."
+            )
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
+        self.unet.load_state_dict(convolutions, strict=False)
 
     def _encode_vae_image(self, image: torch.Tensor, generator=None) -> torch.Tensor:
         """
@@ -52,6 +112,10 @@ class PQLatentsMixin:
         if not return_dict:
             return (images, nsfw)
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=nsfw)
+
+
+def _is_convolution(name: str) -> bool:
+    return name.startswith(("unet.conv_in.", "unet.conv_out.")) and "lora" not in name
 
 
 def _check_components(vae, unet):

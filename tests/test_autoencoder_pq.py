@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_pq import PQModel
 from diffusers_pq.models.tiling import blend_tiles
+from diffusers_pq.profiling import measure_peak_bytes
 from diffusers_pq.training.autoencoders import load_autoencoder
 
 
@@ -239,3 +240,14 @@ def test_weights_that_do_not_fit_are_an_error(model, tmp_path):
     save_file(tensors | {"quantizer.codebooks": codebooks[:1].clone()}, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="quantizer.codebooks expected shape"):
         load_autoencoder(str(tmp_path))
+
+
+def test_attention_in_the_middle_builds_no_square_matrix():
+    # At 1536 px and F=8 it would be 5 GiB.
+    torch.manual_seed(0)
+    middle = PQModel(**tiny_config(block_out_channels=(8, 8, 32), layers_per_block=1)).eval().decoder.mid_block
+    pixels = 64 * 64
+    latents = torch.randn(1, 32, 64, 64)
+    with torch.no_grad():
+        peak = measure_peak_bytes(lambda: middle(latents), "cpu")
+    assert peak < 12 * latents.numel() * 4 < pixels**2

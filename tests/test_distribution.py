@@ -1,10 +1,13 @@
-"""Two processes on a CPU see the gradients of one process with twice the batch."""
+"""Training in two processes on a CPU."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
+import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_config
@@ -12,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_pq import PQModel
 from diffusers_pq.training.autoencoders import ReconstructionModel
+from diffusers_pq.training.data import load_images, usable_rows
 from diffusers_pq.training.trainer import AutoencoderLoss, LossWeights
+from diffusers_pq.training.validation import ReconstructionValidation
 
 
 def gradients(accelerator):
@@ -27,11 +32,21 @@ def gradients(accelerator):
     return {name: parameter.grad for name, parameter in accelerator.unwrap_model(model).named_parameters()}
 
 
+LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ROOT = Path(__file__).parent.parent
+
+
+def launch(*command, **environment):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
+    command = [*LAUNCH, *map(str, command)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    print(result.stderr)
+    result.check_returncode()
+
+
 def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     output = tmp_path / "two.safetensors"
-    subprocess.run([*launch, __file__, str(output)], env=environment, check=True, capture_output=True, timeout=300)
+    launch(__file__, output, PYTHONPATH=str(Path(__file__).parent))
     shared = load_file(output)
     assert shared.pop("processes") == 2
     alone = gradients(Accelerator(cpu=True))
@@ -39,6 +54,32 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(tmp_path):
     for name, gradient in alone.items():
         torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     assert any(gradient.any() for gradient in alone.values())
+
+
+def test_two_processes_stream_validate_and_resume_exactly(tmp_path):
+    for split, count in (("train", 14), ("validation", 5)):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for number in range(count):
+            picture = PIL.Image.effect_noise((40, 36), 40).convert("RGB")
+            picture.save(tmp_path / "data" / split / f"{number}.png")
+    PQModel(**tiny_config()).save_config(tmp_path / "pq")
+    command = [ROOT / "training_scripts" / "train_pqgan.py", "--model_config_name_or_path", tmp_path / "pq"]
+    command += ["--train_data_dir", tmp_path / "data", "--streaming", "--shuffle_buffer", 3, "--resolution", 32]
+    command += ["--train_batch_size", 2, "--perceptual_weight", 0, "--learning_rate", 1e-3, "--max_train_steps", 6]
+    command += ["--codebook_ema_decay", 0.9, "--reseed_dead_entries", 2, "--use_ema", "--checkpointing_steps", 3]
+    command += ["--dataloader_num_workers", 1, "--validation_steps", 6]
+    launch(*command, "--output_dir", tmp_path / "whole")
+    launch(*command, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", tmp_path / "whole/checkpoint-3")
+    folders = tmp_path / "whole", tmp_path / "resumed"
+    whole, resumed = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in folders)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    scores = [json.loads((folder / "best" / "validation.json").read_text()) for folder in folders]
+    assert scores[0] == scores[1]
+    # One process, and another batch size, give the same means: none of the five pictures was counted twice.
+    rows = usable_rows(load_images(None, str(tmp_path / "data"), "image", "validation"), "image", 64)
+    validation = ReconstructionValidation(Accelerator(cpu=True), rows, "image", 32, 4)
+    alone, _ = validation.evaluate(ReconstructionModel(PQModel.from_pretrained(tmp_path / "whole" / "best")))
+    assert scores[0] == pytest.approx({"step": 6} | alone, rel=1e-4)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,96 @@
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import lpips
+import numpy as np
+import PIL.Image
 import pytest
+import scipy.linalg
 import torch
+import torch.nn as nn
+import torch_fidelity.feature_extractor_inceptionv3 as inception
+from safetensors.torch import load_file, save_file
+from torchmetrics import MetricCollection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from diffusers_pq.metrics import CodebookUsage, psnr, ssim
+from diffusers_pq.images import to_uint8
+from diffusers_pq.metrics import (
+    CMMD,
+    FID,
+    LPIPS,
+    METRICS,
+    PSNR,
+    SSIM,
+    CodebookUsage,
+    WeightsUnavailableError,
+    bits_per_pixel,
+    load_metrics,
+    psnr,
+    ssim,
+)
+
+
+class TinyFeatures(nn.Module):
+    """Six features of a random convolution, for uint8 pictures."""
+
+    num_features = 6
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, self.num_features, 5, stride=3)
+
+    def forward(self, pictures):
+        return self.convolution(pictures / 127.5 - 1).relu().mean((2, 3))
+
+
+def tiny_clip():
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=12,
+    )
+    return CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
+
+
+def tiny_metrics():
+    metrics = {
+        "psnr": PSNR(),
+        "ssim": SSIM(),
+        "rfid": FID(TinyFeatures()),
+        "cmmd": CMMD(tiny_clip()),
+        "codebooks": CodebookUsage(2, 8),
+    }
+    return MetricCollection(metrics, compute_groups=False)
+
+
+def pictures(count, seed=0, size=(24, 24)):
+    """Smooth pictures with some noise, so that no two are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    noise = 0.1 * torch.rand(count, 3, *size, generator=generator)
+    return ((nn.functional.interpolate(coarse, size) * 0.9 + noise) * 255).to(torch.uint8)
+
+
+def ten_updates():
+    codes = torch.randint(0, 8, (10, 2, 3, 3), generator=torch.Generator().manual_seed(2))
+    return {"images": pictures(10, seed=1), "references": pictures(10), "codes": codes}
+
+
+def scores_in_batches(batch_size):
+    metrics = tiny_metrics()
+    updates = ten_updates()
+    for start in range(0, 10, batch_size):
+        metrics.update(**{name: values[start : start + batch_size] for name, values in updates.items()})
+    return {name: float(value) for name, value in metrics.compute().items()}
 
 
 def test_psnr_has_its_closed_form():
@@ -20,6 +107,174 @@ def test_ssim_is_one_for_equal_pictures_and_falls_with_noise():
     noisy = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
     assert ssim(reference, reference).tolist() == pytest.approx([1, 1])
     assert (ssim(noisy, reference) < 0.2).all()
+
+
+def test_psnr_is_averaged_over_pictures_not_over_their_errors():
+    reference = torch.full((3, 3, 16, 16), 100, dtype=torch.uint8)
+    image = reference + torch.tensor([1, 5, 50], dtype=torch.uint8).view(3, 1, 1, 1)
+    metric = PSNR()
+    metric.update(image[:2], reference[:2])
+    metric.update(image[2:], reference[2:])
+    expected = sum(20 * math.log10(255 / error) for error in (1, 5, 50)) / 3
+    assert float(metric.compute()) == pytest.approx(expected, abs=1e-9)
+
+
+def test_lpips_is_the_packages_own():
+    torch.manual_seed(0)
+    network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    images = torch.rand(3, 3, 64, 64) * 2 - 1
+    originals = to_uint8(images)
+    changed = to_uint8(images * 0.5)
+    metric = LPIPS(network)
+    metric.update(changed[:1], originals[:1])
+    metric.update(changed[1:], originals[1:])
+    with torch.no_grad():
+        expected = network(changed / 127.5 - 1, originals / 127.5 - 1).mean()
+    assert float(metric.compute()) == pytest.approx(float(expected), rel=1e-5) and expected > 0
+
+
+def test_fid_is_the_frechet_distance_of_its_networks_features():
+    network = TinyFeatures()
+    x, y = pictures(40, seed=1), pictures(30)
+    metric = FID(network)
+    metric.update(images=x[:25], references=y)
+    metric.update(images=x[25:])
+    with torch.no_grad():
+        features = [network(batch).double().numpy() for batch in (x, y)]
+    means = [f.mean(0) for f in features]
+    covariances = [np.cov(f, rowvar=False) for f in features]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_fid_of_the_same_pictures_is_zero():
+    metric = FID(TinyFeatures())
+    metric.update(images=pictures(20), references=pictures(20))
+    assert float(metric.compute()) == pytest.approx(0, abs=1e-8)
+
+
+def test_fid_takes_the_features_of_torch_fidelity(tmp_path, monkeypatch):
+    """With random weights where the hub cache would have the true ones."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: None)
+        torch.manual_seed(0)
+        reference = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    for module in reference.modules():
+        if isinstance(module, nn.Conv2d):  # torch's own start would let the features vanish
+            nn.init.kaiming_normal_(module.weight)
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(reference.state_dict(), cache / Path(inception.URL_INCEPTION_V3).name)
+    metric = FID()
+    metric.update(images=pictures(2, size=(64, 64)))
+    (features,) = reference(pictures(2, size=(64, 64)))
+    assert features.mean() > 0.01
+    torch.testing.assert_close(metric.fake_features_sum, features.double().sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_cmmd_has_the_formula_of_its_reference():
+    network = tiny_clip()
+    x, y = pictures(7, seed=1, size=(32, 32)), pictures(5, size=(32, 32))
+    metric = CMMD(network)
+    metric.update(images=x[:3], references=y)
+    metric.update(images=x[3:])
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
+    def embed(batch):
+        pixels = (batch / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        embedded = network(pixels).image_embeds.double()
+        return embedded / embedded.norm(dim=1, keepdim=True)
+
+    def kernel(a, b):
+        return torch.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * 10**2)).mean()
+
+    x, y = embed(x), embed(y)
+    expected = 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
+    assert float(metric.compute()) == pytest.approx(float(expected), rel=1e-3) and expected > 0
+
+
+def test_cmmd_does_not_depend_on_how_many_rows_of_the_kernel_are_held(monkeypatch):
+    metric = CMMD(tiny_clip())
+    metric.update(images=pictures(9, seed=1), references=pictures(8))
+    whole = float(metric.compute())
+    monkeypatch.setattr("diffusers_pq.metrics._KERNEL_ROWS", 2)
+    metric._computed = None
+    assert float(metric.compute()) == pytest.approx(whole, rel=1e-6)
+
+
+def test_cmmd_resizes_like_pillow():
+    seen = []
+    network = tiny_clip()
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    (picture,) = pictures(1, size=(70, 50))
+    CMMD(network).update(images=picture[None])
+    square = PIL.Image.fromarray(picture.permute(1, 2, 0).numpy()).crop((0, 10, 50, 60))
+    resized = np.asarray(square.resize((32, 32), PIL.Image.Resampling.BICUBIC)).astype(np.float32)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    levels = (seen[0][0] * std + mean) * 255
+    assert (levels - torch.from_numpy(resized).permute(2, 0, 1)).abs().max() < 1.01
+
+
+def test_scores_do_not_depend_on_the_batch_size():
+    whole = scores_in_batches(10)
+    assert whole.keys() == {"psnr", "ssim", "rfid", "cmmd", "H_n", "P_n", "dead"}
+    for batch_size in (1, 3):
+        assert scores_in_batches(batch_size) == pytest.approx(whole, rel=1e-5)
+
+
+def test_scores_do_not_depend_on_the_number_of_processes(tmp_path):
+    """Three processes: shares of seven, three and no pictures."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    output = tmp_path / "scores.safetensors"
+    subprocess.run([*launch, __file__, str(output)], env=environment, check=True, capture_output=True, timeout=300)
+    shared = {name: float(value) for name, value in load_file(output).items()}
+    assert shared == pytest.approx(scores_in_batches(10), rel=1e-5)
+
+
+def test_what_is_no_stored_picture_is_refused():
+    for metric in (PSNR(), CMMD(tiny_clip()), FID(TinyFeatures())):
+        with pytest.raises(ValueError, match=r"must be uint8 .* but is torch.float32"):
+            metric.update(images=torch.zeros(1, 3, 16, 16), references=torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="must have the same shape"):
+        PSNR().update(images=pictures(1), references=pictures(2))
+
+
+def test_metrics_without_weights_are_listed_with_the_file_they_want(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    metrics, unavailable = load_metrics()
+    assert set(metrics) == {"psnr", "ssim"} and metrics.keys() | unavailable.keys() == METRICS.keys()
+    wanted = {
+        "rfid": "weights-inception-2015-12-05-6726825d.pth",
+        "cmmd": "openai/clip-vit-large-patch14-336",
+        "lpips_alex": "alexnet-owt-7be5be79.pth",
+        "lpips_vgg": "vgg16-397923af.pth",
+    }
+    for name, file in wanted.items():
+        assert unavailable[name].endswith(file) and file in caplog.text
+    with pytest.raises(WeightsUnavailableError, match=str(tmp_path)):
+        FID()
+
+
+def test_an_unknown_metric_is_named():
+    with pytest.raises(ValueError, match="Unknown metrics: psnt; known are psnr, "):
+        load_metrics(["psnr", "psnt"])
+
+
+def test_bits_per_pixel_counts_whole_bits_per_code_and_16_per_continuous_value():
+    images = torch.zeros(2, 3, 32, 32)
+    assert bits_per_pixel(torch.zeros(2, 4, 8, 8), images, codebook_size=17) == 4 * 5 / 16
+    assert bits_per_pixel(torch.zeros(2, 4, 8, 8), images) == 4 * 16 / 16
 
 
 def test_uniform_use_is_one_and_a_single_entry_nearly_zero():
@@ -43,3 +298,16 @@ def test_use_is_averaged_over_subspaces_and_batches():
 def test_nothing_counted_is_an_error():
     with pytest.raises(ValueError, match="No codes were counted"):
         CodebookUsage(1, 4).compute()
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    metrics = tiny_metrics()
+    share = {name: values[(0, 7, 10)[rank] : (7, 10, 10)[rank]] for name, values in ten_updates().items()}
+    if len(share["images"]):
+        metrics.update(**share)
+    scores = {name: torch.tensor(float(value)) for name, value in metrics.compute().items()}
+    if rank == 0:
+        save_file(scores, sys.argv[1])
+    torch.distributed.destroy_process_group()

@@ -1,6 +1,5 @@
 """Runs the real training script on real image files, in small."""
 
-import itertools
 import json
 import math
 import os
@@ -12,24 +11,25 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from conftest import tiny_config
 from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from diffusers_pq import PatchDiscriminator, PQModel
-from diffusers_pq.images import to_tensor
-from diffusers_pq.training.autoencoders import load_autoencoder
+from diffusers_pq.training.autoencoders import ReconstructionModel, load_autoencoder
 from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, find_damage, list_checkpoints
-from diffusers_pq.training.data import CentreCrops, EpochSampler, RandomCrops, load_images
+from diffusers_pq.training.codebooks import EMACodebooks
 from diffusers_pq.training.initialisation import copy_matching_weights
 from diffusers_pq.training.losses import adaptive_weight, hinge_discriminator_loss, load_perceptual_loss
-from diffusers_pq.training.trainer import FiniteSteps
+from diffusers_pq.training.trainer import AutoencoderLoss, AutoencoderTrainer, FiniteSteps, LossWeights
 
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_pqgan.py"
@@ -60,21 +60,53 @@ def command(workspace, output, *extra, model="pq"):
 
 def run(*args, **kwargs):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*args, **kwargs), env=environment, check=True, capture_output=True, text=True)
+    result = subprocess.run(command(*args, **kwargs), env=environment, capture_output=True, text=True)
+    print(result.stderr)
+    result.check_returncode()
+    return result
 
 
 def test_trains_with_everything_on_and_leaves_a_loadable_model(workspace):
     extra = ("--use_ema", "--random_flip", "--crops_per_image", "2", "--gradient_checkpointing")
     extra += ("--gradient_accumulation_steps", "2", "--validation_steps", "3", "--checkpointing_steps", "3")
+    extra += ("--codebook_ema_decay", "0.9", "--reseed_dead_entries", "2", "--gradient_estimator", "rotation")
+    extra += ("--codebook_distance", "cosine", "--codebook_init", "kmeans", "--logging_steps", "1")
     result = run(workspace, "out", *extra, "--max_grad_norm", "1", "--channels_last", "--mixed_precision", "bf16")
     model = load_autoencoder(str(workspace / "out"))
     assert isinstance(model, PQModel) and model.quantizer.codebooks.isfinite().all()
     assert PatchDiscriminator.from_pretrained(workspace / "out" / "discriminator")
     assert [path.name for path in list_checkpoints(workspace / "out")] == ["checkpoint-3", "checkpoint-6"]
-    assert "psnr" in result.stderr and "codebook_use" in result.stderr
+    assert "psnr" in result.stderr and "H_n" in result.stderr
+    best = json.loads((workspace / "out" / "best" / "validation.json").read_text())
+    assert best["step"] in (3, 6) and {"psnr", "ssim", "H_n", "P_n", "dead"} <= best.keys()
+    assert isinstance(load_autoencoder(str(workspace / "out" / "best")), PQModel)
+    assert "diffusers_pq" in (workspace / "out" / "README.md").read_text()
     settings = json.loads((workspace / "out" / "training_config.json").read_text())
     assert settings["perceptual_weight"] == 0 and settings["seed"] == 0
     assert list((workspace / "out" / "logs").rglob("events.out.tfevents*"))
+
+
+def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(workspace):
+    result = run(workspace, "out", "--dry_run", "--gradient_accumulation_steps", "2")
+    for line in ("resolution: 32", "max_train_steps: 6", "discriminator: 2.77 M parameters", "GiB within a step"):
+        assert line in result.stdout
+    parameters = sum(parameter.numel() for parameter in PQModel(**tiny_config()).encoder.parameters())
+    assert f"encoder: {parameters / 1e6:.2f} M parameters" in result.stdout
+    seconds, hours = map(float, re.search(r"time: (\S+) s a step, (\S+) hours for 6 steps", result.stdout).groups())
+    assert hours == pytest.approx(6 * seconds / 3600, rel=0.01)
+    assert not (workspace / "out").exists()
+
+
+def test_skipped_pictures_are_counted_in_the_log(workspace):
+    (workspace / "data" / "train" / "0.png").write_bytes(b"no picture")
+    result = run(workspace, "out", "--discriminator_weight", "0", "--logging_steps", "1", "--streaming")
+    assert "Skipped: " in result.stderr and "0.png cannot be read" in result.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((workspace / "out" / "logs").rglob("events.out.tfevents*")).parent)).Reload()
+    assert [event.value for event in events.Scalars("skipped_images")][-1] == 2, (
+        "24 of 12 pictures were used: 2 epochs"
+    )
 
 
 def test_trains_a_kl_autoencoder(workspace):
@@ -110,11 +142,15 @@ def kill_when(folder, name, endless):
     assert (folder / name).exists(), "the run ended before the moment to kill it"
 
 
-@pytest.mark.parametrize("model, workers", [("pq", "0"), ("kl", "2")])
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(workspace, model, workers):
+STREAM = ("--streaming", "--shuffle_buffer", "5")
+
+
+@pytest.mark.parametrize("model, workers, stream", [("pq", "0", ()), ("kl", "2", ()), ("pq", "2", STREAM)], ids=str)
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(workspace, model, workers, stream):
     extra = ("--checkpointing_steps", "2", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest")
     extra += ("--use_ema", "--random_flip", "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine")
-    extra += ("--dataloader_num_workers", workers, "--max_train_steps", "9")
+    extra += ("--dataloader_num_workers", workers, "--max_train_steps", "9", *stream)
+    extra += ("--codebook_ema_decay", "0.9", "--reseed_dead_entries", "3") if stream else ()
     run(workspace, "whole", *extra, model=model)
     killed = workspace / "killed"
     # Once right after a checkpoint and once in the middle of writing one; epochs have 12 pictures, steps take 8.
@@ -149,7 +185,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(workspace):
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (("--image_column", "picture"), "has the columns image"),
+        (("--image_column", "picture"), "no column 'picture'; the dataset has image"),
         (("--resolution", "30"), "must be a multiple of the downsampling factor F = 4"),
         (("--crops_per_image", "3"), "must be a multiple of --crops_per_image 3"),
         (("--resume_from_checkpoint", "checkpoint-9"), "checkpoint-9` does not exist"),
@@ -211,62 +247,7 @@ def test_unfinished_checkpoints_are_never_resumed(tmp_path):
         find_checkpoint(tmp_path, "checkpoint-7")
 
 
-@pytest.fixture
-def pictures():
-    """A dataset of 7 pictures of noise, one of them smaller than a crop of 16 pixels."""
-    generator = np.random.default_rng(0)
-    sizes = [(41, 20)] * 6 + [(9, 7)]
-    noise = [PIL.Image.fromarray(generator.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
-    return datasets.Dataset.from_dict({"image": noise, "text": ["noise"] * 7}).cast_column("image", datasets.Image())
-
-
-def test_crops_depend_on_epoch_index_and_seed_only(pictures):
-    crops = RandomCrops(pictures, "image", 16, crops_per_image=3, random_flip=True, seed=1)
-    assert [tuple(crops[0, index].shape) for index in range(7)] == [(3, 3, 16, 16)] * 7
-    first = crops[0, 2]
-    assert torch.equal(crops[0, 2], first), "reading other crops in between changes nothing"
-    for other in (crops[1, 2], RandomCrops(pictures, "image", 16, 3, True, seed=2)[0, 2]):
-        assert not torch.equal(other, first)
-
-
-def test_random_flip_mirrors_half_the_crops(pictures):
-    crops = RandomCrops(pictures, "image", 20, random_flip=True)
-    plain = RandomCrops(pictures, "image", 20)
-    # Crops as high as the picture: a flip is then visible as a window that occurs mirrored only.
-    windows = to_tensor(pictures[0]["image"]).unfold(2, 20, 1).permute(2, 0, 1, 3)
-    flipped = [not (windows == crops[epoch, 0]).flatten(1).all(1).any() for epoch in range(60)]
-    assert 15 < sum(flipped) < 45
-    assert all((windows == plain[epoch, 0]).flatten(1).all(1).any() for epoch in range(10))
-
-
-def test_the_centre_is_the_centre():
-    picture = PIL.Image.new("RGB", (41, 20))
-    picture.putpixel((20, 10), (255, 255, 255))
-    dataset = datasets.Dataset.from_dict({"image": [picture]}).cast_column("image", datasets.Image())
-    centre = CentreCrops(dataset, "image", 16)[0]
-    assert centre.shape == (1, 3, 16, 16) and centre[0, 0].argmax() == 8 * 16 + 8
-
-
-def test_epochs_follow_each_other_without_a_gap_and_can_be_entered_anywhere():
-    items = list(itertools.islice(EpochSampler(5, seed=3), 17))
-    assert [epoch for epoch, _ in items] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 2
-    orders = [[index for epoch, index in items if epoch == number] for number in range(3)]
-    assert all(sorted(order) == list(range(5)) for order in orders)
-    assert len({tuple(order) for order in orders}) > 1
-    for start in (1, 5, 12):
-        assert list(itertools.islice(EpochSampler(5, seed=3, start=start), 17 - start)) == items[start:]
-
-
-def test_a_dataset_must_be_named_once():
-    for sources in ((None, None), ("a", "b")):
-        with pytest.raises(ValueError, match="exactly one of"):
-            load_images(*sources, "image", "train")
-
-
 def test_generator_step_leaves_the_discriminator_trainable(model, images):
-    from diffusers_pq.training.autoencoders import ReconstructionModel
-    from diffusers_pq.training.trainer import AutoencoderLoss, LossWeights
-
     discriminator = PatchDiscriminator(base_channels=4)
     wrapped = ReconstructionModel(model).train()
     losses = AutoencoderLoss(LossWeights(perceptual=0), None, discriminator, Accelerator(cpu=True))
@@ -351,3 +332,47 @@ def test_a_run_that_blows_up_stops_and_keeps_its_last_checkpoint(workspace):
     assert "not finite for 3 steps in a row" in error.value.stderr
     assert [path.name for path in list_checkpoints(workspace / "out")] == ["checkpoint-2"]
     assert find_damage(workspace / "out" / "checkpoint-2") is None
+
+
+def test_gradient_accumulation_is_exact_for_both_optimisers(model, images):
+    plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    wrapped, discriminator = ReconstructionModel(model).train(), PatchDiscriminator(base_channels=4)
+    losses = AutoencoderLoss(LossWeights(perceptual=0), None, discriminator, accelerator)
+    halves = images.split(1)
+    expected = {}
+    for half in halves:  # one after the other, at the same weights
+        output = wrapped(half)
+        for module, loss in (
+            (wrapped, losses.generator(wrapped, half, output)[0]),
+            (discriminator, losses.discriminator_loss(half, output.sample)),
+        ):
+            gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+            sums = expected.setdefault(module, [torch.zeros_like(parameter) for parameter in module.parameters()])
+            for total, gradient in zip(sums, gradients):
+                total += 0 if gradient is None else gradient / 2
+    before = {module: [p.detach().clone() for p in module.parameters()] for module in expected}
+    prepared = []
+    for module in (wrapped, discriminator):
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        prepared.append(accelerator.prepare(module, optimizer, get_scheduler("constant", optimizer)))
+    trainer = AutoencoderTrainer(accelerator, *prepared[0], losses, *prepared[1])
+    assert trainer.step(halves[0]) is None and "loss" in trainer.step(halves[1])
+    for module, gradients in expected.items():
+        for parameter, start, gradient in zip(module.parameters(), before[module], gradients):
+            torch.testing.assert_close(parameter.detach(), start - gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_averages_follow_codebooks_that_are_set_anew(model):
+    accelerator = Accelerator(cpu=True)
+    ema = EMAModel(model.parameters())
+    remedy = EMACodebooks(model.quantizer, accelerator)
+    losses = AutoencoderLoss(LossWeights(0, 1, 0), None, None, accelerator)
+    trainer = AutoencoderTrainer(
+        accelerator, ReconstructionModel(model), None, None, losses, ema=ema, ema_codebooks=remedy
+    )
+    model.quantizer.codebooks.data.fill_(7.0)
+    trainer.restart_codebook_averages()
+    assert (remedy.sums == 7).all()
+    ema.copy_to(model.parameters())
+    assert (model.quantizer.codebooks == 7).all()

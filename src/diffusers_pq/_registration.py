@@ -4,6 +4,9 @@ diffusers only loads (and, from the Hub, only downloads) components whose librar
 `diffusers.pipelines.pipeline_loading_utils.LOADABLE_CLASSES`, and only then writes the short name
 `["diffusers_pq", "PQModel"]` into `model_index.json`. That module imports torch and transformers, so registration
 waits until somebody imports it: `import diffusers_pq` alone stays light.
+
+The module of `PQModel` is registered as well: our pipelines look the class up there (see
+`diffusers_pq.pipelines.latents`).
 """
 
 import importlib.abc
@@ -24,6 +27,7 @@ def _register(loading_utils):
             f"Install diffusers{SUPPORTED['diffusers']}."
         )
     loading_utils.LOADABLE_CLASSES["diffusers_pq"] = {"ModelMixin": _METHODS, "DiffusionPipeline": _METHODS}
+    loading_utils.LOADABLE_CLASSES["diffusers_pq.models.autoencoder_pq"] = {"ModelMixin": _METHODS}
 
 
 class _RegisteringLoader(importlib.abc.Loader):

@@ -22,6 +22,8 @@ def _build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--short-side", type=int, default=512)
     prepare.add_argument("--validation-share", type=float, default=0.05)
     prepare.add_argument("--tile-size", type=int, help="cut pictures into tiles of at least this side; default: whole")
+    prepare.add_argument("--packages", nargs="+", help="Debian packages to take pictures from; default: all known")
+    prepare.add_argument("--pad-to-square", action="store_true", help="add white margins to pictures that are not")
     prepare.set_defaults(run=_prepare_data)
 
     widen = commands.add_parser("widen-unet", help="give a denoiser the latent channels of a PQModel")
@@ -31,6 +33,41 @@ def _build_parser() -> argparse.ArgumentParser:
     widen.add_argument("--init", choices=("copy", "copy_scaled", "zero"), default="copy")
     widen.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     widen.set_defaults(run=_widen_unet)
+
+    push = commands.add_parser("push", help="check a folder with a model or a pipeline, and upload it to the Hub")
+    push.add_argument("folder", type=Path, help="holds README.md, and config.json or model_index.json with weights")
+    push.add_argument("repo_id", help="org/name; created if it does not exist")
+    push.add_argument("--private", action="store_true", help="create the repository private")
+    push.add_argument("--revision", help="branch to push to, created if it does not exist; default: main")
+    push.add_argument("--token", help="default: HF_TOKEN or that of `hf auth login`")
+    push.set_defaults(run=_push)
+
+    convert = commands.add_parser(
+        "convert", help="make a diffusers folder of an original VQGAN, PQGAN or LDM checkpoint"
+    )
+    convert.add_argument("checkpoint", type=Path, help="Lightning .ckpt, torch state dict or .safetensors")
+    convert.add_argument("--config", type=Path, required=True, help="YAML file the checkpoint was trained with")
+    convert.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    convert.add_argument(
+        "--target",
+        choices=("PQModel", "VQModel", "AutoencoderKL"),
+        help="default: PQModel for a checkpoint with codebooks, else AutoencoderKL",
+    )
+    convert.set_defaults(run=_convert)
+
+    compress = commands.add_parser("compress", help="write a picture of any size as entropy-coded codes")
+    compress.add_argument("picture", type=Path)
+    compress.add_argument("--model", required=True, help="folder or Hub repository of a PQModel")
+    compress.add_argument("--output", type=Path, required=True, help="file to write, such as picture.pqc")
+    compress.add_argument("--device", default="cpu")
+    compress.set_defaults(run=_compress)
+
+    decompress = commands.add_parser("decompress", help="turn a compressed file back into a picture")
+    decompress.add_argument("file", type=Path, help="what compress wrote")
+    decompress.add_argument("--model", required=True, help="folder or Hub repository of the same PQModel")
+    decompress.add_argument("--output", type=Path, required=True, help="picture to write")
+    decompress.add_argument("--device", default="cpu")
+    decompress.set_defaults(run=_decompress)
     return parser
 
 
@@ -48,9 +85,17 @@ def _reconstruct(args):
 
 
 def _prepare_data(args):
-    from .data_preparation import prepare_dataset
+    from .data_preparation import PACKAGES, prepare_dataset
 
-    counts = prepare_dataset(args.output, args.source, args.short_side, args.validation_share, args.tile_size)
+    counts = prepare_dataset(
+        args.output,
+        args.source,
+        args.short_side,
+        args.validation_share,
+        args.tile_size,
+        args.packages or PACKAGES,
+        args.pad_to_square,
+    )
     print(f"{args.output}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
 
 
@@ -67,13 +112,56 @@ def _widen_unet(args):
     print(f"{args.output}: {denoiser.config.in_channels} -> {args.latent_channels} latent channels")
 
 
+def _push(args):
+    from .hub import push_folder
+
+    print(push_folder(args.folder, args.repo_id, args.private, args.revision, args.token))
+
+
+def _convert(args):
+    from .conversion import convert_checkpoint
+
+    model = convert_checkpoint(args.checkpoint, args.config, args.output, args.target)
+    print(
+        f"{args.output}: {type(model).__name__} of {model.num_parameters()} parameters, "
+        f"scaling_factor {model.config.scaling_factor}"
+    )
+
+
+def _compress(args):
+    from .compression import compress_picture, decompress_picture, write_bytes
+    from .images import load_image, to_tensor, to_uint8
+    from .metrics import psnr
+    from .training.autoencoders import load_autoencoder
+
+    picture = load_image(args.picture)
+    model = load_autoencoder(args.model).to(args.device)
+    data = compress_picture(model, picture)
+    pair = (to_uint8(to_tensor(image))[None] for image in (decompress_picture(model, data), picture))
+    write_bytes(args.output, data)
+    bits = 8 * len(data) / (picture.width * picture.height)
+    print(f"{args.output}: bits_per_pixel {bits:.4g}, psnr {psnr(*pair).item():.4g}")
+
+
+def _decompress(args):
+    from .compression import decompress_picture
+    from .images import save_image
+    from .training.autoencoders import load_autoencoder
+
+    data = args.file.read_bytes()
+    model = load_autoencoder(args.model).to(args.device)
+    save_image(decompress_picture(model, data), args.output)
+    print(args.output)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; expected errors are one line on stderr and exit status 1."""
     args = _build_parser().parse_args(argv)
     try:
         args.run(args)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"diffusers-pq: {error}", file=sys.stderr)
+        # The messages of other libraries can run over several lines.
+        print(f"diffusers-pq: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

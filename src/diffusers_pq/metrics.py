@@ -1,7 +1,49 @@
-"""Metrics of reconstructions (section 4.1) and of codebook use (Eq. 3)."""
+"""
+Metrics of reconstruction and generation (section 4.1) and of codebook use (Eq. 3).
+
+The classes are torchmetrics: `update` takes batches, `compute` gives the result over the batches of all processes (all
+must call it) and `reset` starts anew. They add up in float64, so that neither the batch size nor the number of
+processes shows. Pictures are uint8, as they would be stored; [`~diffusers_pq.images.to_uint8`] makes them.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.utilities.data import dim_zero_cat
+from torchvision.models import get_model_weights
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+
+logger = logging.getLogger(__name__)
+
+CLIP_REPOSITORY = "openai/clip-vit-large-patch14-336"
+# torchvision's names of the LPIPS backbones.
+_LPIPS_BACKBONES = {"alex": "alexnet", "vgg": "vgg16"}
+# Rows of a kernel matrix that CMMD holds at once.
+_KERNEL_ROWS = 1024
+
+
+class WeightsUnavailableError(FileNotFoundError):
+    """
+    The weights of a metric's network are neither on this machine nor downloadable.
+
+    Args:
+        message (`str`): Says what to do.
+        wanted (`str`): The file's URL or the Hub repository.
+    """
+
+    def __init__(self, message: str, wanted: str):
+        super().__init__(message)
+        self.wanted = wanted
 
 
 def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -23,7 +65,164 @@ def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     return structural_similarity_index_measure(images.float(), references.float(), data_range=255.0, reduction="none")
 
 
-class CodebookUsage:
+def bits_per_pixel(stored: torch.Tensor, images: torch.Tensor, codebook_size: int | None = None) -> float:
+    """
+    Bits per image pixel of what an autoencoder stores.
+
+    Args:
+        stored (`torch.Tensor`): Codes, whole bits each, or continuous latents, 16 bits (float16) each.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): The pictures they stand for.
+        codebook_size (`int`, *optional*): K of the codes; `None` for continuous latents.
+    """
+    bits = 16 if codebook_size is None else (codebook_size - 1).bit_length()
+    return bits * stored.numel() / images[:, 0].numel()
+
+
+class _MeanOverPictures(Metric):
+    """Mean of a score over pictures; a subclass gives the `scores` `[B]` of a batch."""
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("pictures", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, images: torch.Tensor, references: torch.Tensor):
+        """Add pictures and their originals, uint8 `[B, 3, H, W]`."""
+        _check_pictures(images=images, references=references)
+        self.total += self.scores(images, references).double().sum()
+        self.pictures += len(images)
+
+    def compute(self) -> torch.Tensor:
+        return self.total / self.pictures
+
+
+class PSNR(_MeanOverPictures):
+    """Mean over pictures of [`psnr`], in dB; infinite if a picture is identical to its original."""
+
+    higher_is_better = True
+    scores = staticmethod(psnr)
+
+
+class SSIM(_MeanOverPictures):
+    """Mean over pictures of [`ssim`]."""
+
+    higher_is_better = True
+    scores = staticmethod(ssim)
+
+
+class LPIPS(_MeanOverPictures):
+    """
+    Mean over pictures of the learned perceptual distance (Zhang et al., 2018).
+
+    Args:
+        network (`str` or `nn.Module`): `"alex"`, `"vgg"`, or what [`load_lpips`] returns.
+
+    Raises:
+        WeightsUnavailableError: See [`load_lpips`].
+    """
+
+    higher_is_better = False
+
+    def __init__(self, network: str | nn.Module = "alex", **kwargs):
+        super().__init__(**kwargs)
+        self.network = load_lpips(network) if isinstance(network, str) else network
+
+    def scores(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        """Distances `[B]` of uint8 pictures."""
+        return self.network(images / 127.5 - 1, references / 127.5 - 1).flatten()
+
+
+class FID(FrechetInceptionDistance):
+    """
+    Fréchet distance of Inception features (Heusel et al., 2017): rFID of reconstructions and their originals, gFID of
+    generated pictures and a data set. Resizes like TensorFlow 1, as the reference does, unlike torchmetrics' default.
+
+    Args:
+        network (`nn.Module`, *optional*):
+            Maps uint8 pictures to features `[B, D]`, with D as its attribute `num_features`. Default: torch-fidelity's
+            Inception v3, 2048 features.
+
+    Raises:
+        WeightsUnavailableError: if the Inception weights are neither in torch's hub cache nor downloadable.
+    """
+
+    def __init__(self, network: nn.Module | None = None, **kwargs):
+        try:
+            super().__init__(2048 if network is None else network, antialias=False, **kwargs)
+        except OSError as error:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+            raise _not_downloaded("FID", URL_INCEPTION_V3, error) from error
+        # torchmetrics sets it on update, which a process without pictures never sees.
+        self.orig_dtype = torch.float32
+
+    def update(self, images: torch.Tensor | None = None, references: torch.Tensor | None = None):
+        """Add pictures to be judged, originals or real pictures to judge them by, or both; uint8 `[B, 3, H, W]`."""
+        for pictures, real in ((images, False), (references, True)):
+            if pictures is not None:
+                _check_pictures(pictures=pictures)
+                super().update(pictures, real=real)
+
+
+class CMMD(Metric):
+    """
+    CLIP maximum mean discrepancy (Jayasumana et al., 2024, "Rethinking FID"), times 1000: Gaussian kernel with sigma =
+    10 on normalised image embeddings, biased estimate.
+
+    Args:
+        network (`CLIPVisionModelWithProjection`, *optional*): Default: CLIP ViT-L/14 at 336 pixels.
+
+    Raises:
+        WeightsUnavailableError: if the CLIP weights are neither in the Hub's cache nor downloadable.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+
+    def __init__(self, network: nn.Module | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.network = _load_clip() if network is None else network
+        self.add_state("image_embeddings", [], dist_reduce_fx="cat")
+        self.add_state("reference_embeddings", [], dist_reduce_fx="cat")
+
+    def update(self, images: torch.Tensor | None = None, references: torch.Tensor | None = None):
+        """Add pictures to be judged, originals or real pictures to judge them by, or both; uint8 `[B, 3, H, W]`."""
+        if images is not None:
+            self.image_embeddings.append(self._embed(images))
+        if references is not None:
+            self.reference_embeddings.append(self._embed(references))
+
+    def compute(self) -> torch.Tensor:
+        size = self.network.config.projection_dim
+        states = (self.image_embeddings, self.reference_embeddings)
+        x, y = (dim_zero_cat(state).view(-1, size) for state in states)
+        return 1000 * (2 * _kernel_distance(x, y) - _kernel_distance(x, x) - _kernel_distance(y, y))
+
+    def _embed(self, pictures: torch.Tensor) -> torch.Tensor:
+        _check_pictures(pictures=pictures)
+        side = self.network.config.image_size
+        squares = TF.center_crop(pictures, min(pictures.shape[-2:]))
+        squares = TF.resize(squares, [side, side], TF.InterpolationMode.BICUBIC, antialias=True)
+        pixels = TF.normalize(squares / 255, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        # Flat: torchmetrics stands in an empty vector for a process without pictures.
+        return F.normalize(self.network(pixels).image_embeds.float(), dim=-1).flatten()
+
+
+def _kernel_distance(x: torch.Tensor, y: torch.Tensor, sigma: float = 10.0) -> torch.Tensor:
+    """Mean of 1 - k(x, y) over all pairs of unit vectors `[N, D]` and `[M, D]`, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for rows in x.split(_KERNEL_ROWS):
+        squared_distances = 2 - 2 * rows @ y.T
+        # k is nearly 1 for all pairs: float32 has digits for 1 - k that it does not have for k.
+        total -= torch.expm1(squared_distances / (-2 * sigma**2)).sum(dtype=torch.float64)
+    return total / (len(x) * len(y))
+
+
+class CodebookUsage(Metric):
     """
     Counts codes and gives the utilisation of Eq. 3, averaged over the S codebooks.
 
@@ -32,14 +231,18 @@ class CodebookUsage:
         codebook_size (`int`): K.
     """
 
-    def __init__(self, num_subspaces: int, codebook_size: int):
-        self.counts = torch.zeros(num_subspaces, codebook_size, dtype=torch.long)
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, num_subspaces: int, codebook_size: int, **kwargs):
+        super().__init__(**kwargs)
+        self.add_state("counts", torch.zeros(num_subspaces, codebook_size, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, codes: torch.LongTensor):
         """Add codes of shape `[B, S, h, w]`."""
         subspaces, size = self.counts.shape
-        flat = codes.transpose(0, 1).reshape(subspaces, -1).cpu()
-        offsets = torch.arange(subspaces).unsqueeze(1) * size
+        flat = codes.transpose(0, 1).reshape(subspaces, -1).to(self.counts.device)
+        offsets = torch.arange(subspaces, device=flat.device).unsqueeze(1) * size
         self.counts += torch.bincount((flat + offsets).flatten(), minlength=subspaces * size).view(subspaces, size)
 
     def compute(self) -> dict[str, float]:
@@ -60,3 +263,93 @@ class CodebookUsage:
             "P_n": float((entropy.exp() / size).mean()),
             "dead": float((self.counts == 0).double().mean()),
         }
+
+
+# The metrics of a reconstruction by name; `update` of all takes `images` and `references`.
+METRICS = {
+    "psnr": PSNR,
+    "ssim": SSIM,
+    "rfid": FID,
+    "cmmd": CMMD,
+    "lpips_alex": partial(LPIPS, "alex"),
+    "lpips_vgg": partial(LPIPS, "vgg"),
+}
+
+
+def load_metrics(names: Sequence[str] = tuple(METRICS)) -> tuple[MetricCollection, dict[str, str]]:
+    """
+    The metrics that can be had on this machine. What to do for the others is logged.
+
+    Args:
+        names: Out of `METRICS`.
+
+    Returns:
+        `tuple`: a `MetricCollection` by name, and what the others want, by name: a file's URL or a Hub repository.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    unknown = sorted(set(names) - METRICS.keys())
+    if unknown:
+        raise ValueError(f"Unknown metrics: {', '.join(unknown)}; known are {', '.join(METRICS)}.")
+    available, unavailable = {}, {}
+    for name in names:
+        try:
+            available[name] = METRICS[name]()
+        except WeightsUnavailableError as error:
+            logger.warning(error)
+            unavailable[name] = error.wanted
+    # Metrics with the same state after the first batch would be taken for the same metric.
+    return MetricCollection(available, compute_groups=False), unavailable
+
+
+def load_lpips(backbone: str = "vgg") -> nn.Module:
+    """
+    LPIPS, frozen; its forward takes two image batches in [-1, 1] and returns `[B, 1, 1, 1]`.
+
+    Args:
+        backbone (`str`): `"alex"`, as usual in evaluation, or `"vgg"`, as usual in training.
+
+    Raises:
+        WeightsUnavailableError: if the backbone's weights are neither in torch's hub cache nor downloadable.
+    """
+    import lpips
+
+    try:
+        network = lpips.LPIPS(net=backbone, verbose=False)
+    except OSError as error:  # urllib's URLError is one
+        weights = get_model_weights(_LPIPS_BACKBONES[backbone]).IMAGENET1K_V1
+        raise _not_downloaded(f"LPIPS ({backbone})", weights.url, error) from error
+    return network.eval().requires_grad_(False)
+
+
+def _load_clip() -> nn.Module:
+    from transformers import CLIPVisionModelWithProjection
+
+    try:
+        network = CLIPVisionModelWithProjection.from_pretrained(CLIP_REPOSITORY, dtype=torch.float32)
+    except OSError as error:
+        raise WeightsUnavailableError(
+            f"CMMD needs {CLIP_REPOSITORY}, which is neither in the Hub's cache nor could be downloaded. Fetch it "
+            f"with `hf download {CLIP_REPOSITORY}`.",
+            wanted=CLIP_REPOSITORY,
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
+def _not_downloaded(metric: str, url: str, error: OSError) -> WeightsUnavailableError:
+    path = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(url).name)
+    message = f"{metric} needs {url}, which could not be downloaded ({error}). Put it at {path}."
+    return WeightsUnavailableError(message, wanted=url)
+
+
+def _check_pictures(**batches: torch.Tensor):
+    for name, pictures in batches.items():
+        if pictures.dtype != torch.uint8 or pictures.ndim != 4:
+            raise ValueError(
+                f"`{name}` must be uint8 of shape [B, 3, H, W], but is {pictures.dtype} of shape "
+                f"{list(pictures.shape)}. `diffusers_pq.images.to_uint8` makes it of pictures in [-1, 1]."
+            )
+    if len({pictures.shape for pictures in batches.values()}) > 1:
+        shapes = ", ".join(f"`{name}` {list(pictures.shape)}" for name, pictures in batches.items())
+        raise ValueError(f"Pictures and originals must have the same shape, but {shapes}.")

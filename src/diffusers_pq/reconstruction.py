@@ -59,7 +59,8 @@ def reconstruct_picture(model: torch.nn.Module, picture: PIL.Image.Image) -> Pic
 
 def codebook_usage(model: torch.nn.Module, codes: list[torch.LongTensor]) -> dict[str, float]:
     """Eq. 3 over the codes of several pictures of a [`PQModel`]."""
-    usage = CodebookUsage(model.config.num_subspaces, model.config.codebook_size)
+    # Of these codes only, whatever other processes count.
+    usage = CodebookUsage(model.config.num_subspaces, model.config.codebook_size, sync_on_compute=False)
     for picture_codes in codes:
         usage.update(picture_codes)
     return usage.compute()

@@ -79,6 +79,7 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         latents_std (`list[float]`, *optional*): Standard deviation of each latent channel, of length d.
         force_upcast (`bool`, *optional*, defaults to `False`):
             Makes pipelines run this model in float32 even when the rest is in float16.
+        codebook_distance (`str`, *optional*, defaults to `"euclidean"`): Or `"cosine"`, see [`ProductQuantizer`].
 
     Raises:
         ValueError: if d is not divisible by S, S < 1, K < 2, or the tuples do not have one entry per level.
@@ -112,6 +113,7 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         force_upcast: bool = False,
+        codebook_distance: str = "euclidean",
     ):
         super().__init__()
         _check_levels(block_out_channels, down_block_types=down_block_types, up_block_types=up_block_types)
@@ -130,7 +132,9 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
             mid_block_add_attention=mid_block_add_attention,
         )
         self.quant_conv = nn.Conv2d(z_channels, latent_channels, 1)
-        self.quantizer = ProductQuantizer(latent_channels, num_subspaces, codebook_size, commitment_beta)
+        self.quantizer = ProductQuantizer(
+            latent_channels, num_subspaces, codebook_size, commitment_beta, codebook_distance
+        )
         self.post_quant_conv = nn.Conv2d(latent_channels, z_channels, 1)
         self.decoder = Decoder(
             in_channels=z_channels,

@@ -40,15 +40,27 @@ class ProductQuantizer(nn.Module):
         codebook_size (`int`): K >= 2, the number of entries in the codebook of each subspace.
         commitment_beta (`float`, *optional*, defaults to 0.25):
             beta of Eq. 1. As there (and in VQGAN's code) it weighs the term that moves the codebooks.
+        codebook_distance (`str`, *optional*, defaults to `"euclidean"`):
+            `"cosine"` compares directions: sub-vectors and entries are taken at length 1, also in `loss` and in the
+            quantised latents (Yu et al., 2022). Not the paper's; needs d/S > 1.
 
     Attributes:
         codebooks (`nn.Parameter` of shape `(S, K, d/S)`): starts from N(0, 1).
+        gradient_estimator (`str`): How gradients pass the quantiser in training: `"straight_through"` as in the paper,
+            or `"rotation"`, the rotation trick (Fifty et al., 2024).
 
     Raises:
-        ValueError: if S < 1, K < 2 or d is not divisible by S.
+        ValueError: if S < 1, K < 2, d is not divisible by S, or the distance is unknown or impossible for d/S.
     """
 
-    def __init__(self, latent_channels: int, num_subspaces: int, codebook_size: int, commitment_beta: float = 0.25):
+    def __init__(
+        self,
+        latent_channels: int,
+        num_subspaces: int,
+        codebook_size: int,
+        commitment_beta: float = 0.25,
+        codebook_distance: str = "euclidean",
+    ):
         super().__init__()
         if num_subspaces < 1:
             raise ValueError(f"`num_subspaces` must be at least 1, but is {num_subspaces}.")
@@ -59,10 +71,19 @@ class ProductQuantizer(nn.Module):
                 f"`latent_channels` must be a positive multiple of `num_subspaces`, but {latent_channels} is not "
                 f"divisible by {num_subspaces}. Choose `num_subspaces` among the divisors of `latent_channels`."
             )
+        if codebook_distance not in ("euclidean", "cosine"):
+            raise ValueError(f'`codebook_distance` must be "euclidean" or "cosine", but is {codebook_distance!r}.')
+        if codebook_distance == "cosine" and latent_channels == num_subspaces:
+            raise ValueError(
+                '`codebook_distance="cosine"` needs sub-vectors of more than one dimension, but `latent_channels` and '
+                f"`num_subspaces` are both {num_subspaces}. Choose fewer subspaces."
+            )
         self.latent_channels = latent_channels
         self.num_subspaces = num_subspaces
         self.codebook_size = codebook_size
         self.commitment_beta = commitment_beta
+        self.codebook_distance = codebook_distance
+        self.gradient_estimator = "straight_through"
         self.codebooks = nn.Parameter(torch.randn(num_subspaces, codebook_size, latent_channels // num_subspaces))
 
     def extra_repr(self) -> str:
@@ -71,6 +92,16 @@ class ProductQuantizer(nn.Module):
     def split(self, latents: torch.Tensor) -> torch.Tensor:
         """`[B, d, h, w]` latents to `[B, S, d/S, h*w]`; channels s d/S to (s+1) d/S - 1 are subspace s."""
         return latents.flatten(2).unflatten(1, (self.num_subspaces, -1))
+
+    def sub_vectors(self, latents: torch.Tensor) -> torch.Tensor:
+        """What is compared with `entries`: [`split`] in float32, `[B, S, d/S, h*w]`, of length 1 for the cosine."""
+        vectors = self.split(latents.float())
+        return F.normalize(vectors, dim=2) if self.codebook_distance == "cosine" else vectors
+
+    @property
+    def entries(self) -> torch.Tensor:
+        """The codebooks as they are compared and looked up, `[S, K, d/S]`: of length 1 for the cosine distance."""
+        return F.normalize(self.codebooks, dim=-1) if self.codebook_distance == "cosine" else self.codebooks
 
     def lookup(self, codes: torch.LongTensor) -> torch.Tensor:
         """
@@ -91,7 +122,7 @@ class ProductQuantizer(nn.Module):
     def _lookup(self, codes: torch.LongTensor) -> torch.Tensor:
         batch_size, _, height, width = codes.shape
         first_entry = torch.arange(self.num_subspaces, device=codes.device).view(-1, 1, 1) * self.codebook_size
-        entries = F.embedding(codes.long() + first_entry, self.codebooks.flatten(0, 1))
+        entries = F.embedding(codes.long() + first_entry, self.entries.flatten(0, 1))
         return entries.permute(0, 1, 4, 2, 3).reshape(batch_size, self.latent_channels, height, width)
 
     def forward(self, latents: torch.Tensor) -> ProductQuantizerOutput:
@@ -107,14 +138,15 @@ class ProductQuantizer(nn.Module):
                 values pass on to the loss, where the training loop sees them without a device synchronisation here.
         """
         self._check_latents(latents)
-        codes = nearest_codes(self.split(latents), self.codebooks, self.training).unflatten(2, latents.shape[2:])
-
         with torch.autocast(latents.device.type, enabled=False):
-            z_e, z_q = latents.float(), self._lookup(codes).float()
+            z_e = self.sub_vectors(latents)
+            codes = nearest_codes(z_e, self.entries, self.training).unflatten(2, latents.shape[2:])
+            z_q = self.split(self._lookup(codes).float())
             # Eq. 1: |z_e - sg(z_q)|^2 + beta |sg(z_e) - z_q|^2
             loss = F.mse_loss(z_e, z_q.detach()) + self.commitment_beta * F.mse_loss(z_q, z_e.detach())
-            # Straight-through; z_e - sg(z_e) is exactly zero, so in float32 the value is the codebook entry itself.
-            z_q = z_q.detach() + (z_e - z_e.detach())
+            carrier = z_e if self.gradient_estimator == "straight_through" else _rotated(z_e, z_q.detach())
+            # The difference is exactly zero, so in float32 the value is the codebook entry itself.
+            z_q = (z_q.detach() + (carrier - carrier.detach())).reshape(latents.shape)
         return ProductQuantizerOutput(latents=z_q.to(latents.dtype), codes=codes, loss=loss)
 
     def _check_latents(self, latents: torch.Tensor):
@@ -146,3 +178,15 @@ class ProductQuantizer(nn.Module):
                 f"`codes` must lie in [0, {self.codebook_size - 1}] (codebook_size = {self.codebook_size}), but range "
                 f"from {low} to {high}. Were they made by a model with another codebook?"
             )
+
+
+def _rotated(z_e: torch.Tensor, z_q: torch.Tensor) -> torch.Tensor:
+    """z_e `[B, S, d/S, P]` times the constant rotation and scale that take each sub-vector to its entry in z_q."""
+    constant = z_e.detach()
+    scale = z_q.norm(dim=2, keepdim=True) / constant.norm(dim=2, keepdim=True).clamp(min=1e-6)
+    source, target = F.normalize(constant, dim=2), F.normalize(z_q, dim=2)
+    # R = I - 2 m m^T + 2 target source^T with m halfway between the two: Fifty et al., section 4.2
+    middle = F.normalize(source + target, dim=2)
+    along_middle = (middle * z_e).sum(2, keepdim=True)
+    along_source = (source * z_e).sum(2, keepdim=True)
+    return scale * (z_e - 2 * middle * along_middle + 2 * target * along_source)

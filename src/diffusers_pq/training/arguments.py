@@ -1,9 +1,87 @@
-"""Recipes: command-line flags kept in a YAML file."""
+"""Command-line flags that the training scripts share, and recipes: flags kept in a YAML file."""
 
 import argparse
 from pathlib import Path
 
 import yaml
+
+
+def add_data_arguments(parser: argparse.ArgumentParser):
+    """Flags of [`load_images`] and [`build_train_loader`]."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", help="Hub dataset, or local folder of parquet files or webdataset tars")
+    data.add_argument("--dataset_config_name")
+    data.add_argument("--train_data_dir", help="folder in the imagefolder layout")
+    data.add_argument("--image_column", default="image")
+    data.add_argument("--cache_dir")
+    data.add_argument(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="read the dataset while training instead of downloading it first",
+    )
+    data.add_argument("--shuffle_buffer", type=int, default=1000, help="pictures of a stream shuffled with each other")
+    data.add_argument("--on_bad_image", choices=("skip", "raise"), default="skip")
+    data.add_argument(
+        "--min_image_side",
+        type=int,
+        help="pictures with a shorter side are bad; default: the resolution, so that none is enlarged",
+    )
+    data.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=False)
+    data.add_argument("--dataloader_num_workers", type=int, default=0)
+    return data
+
+
+def add_optimisation_arguments(parser: argparse.ArgumentParser):
+    """Flags of the optimiser, precision and accumulation, without those whose defaults differ between the scripts."""
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    optim.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
+    optim.add_argument("--lr_scheduler", default="constant")
+    optim.add_argument("--lr_warmup_steps", type=int, default=0)
+    optim.add_argument(
+        "--max_skipped_steps",
+        type=int,
+        default=10,
+        help="steps without a finite gradient are left out; so many in a row end the run",
+    )
+    optim.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=False)
+    optim.add_argument("--ema_decay", type=float, default=0.9999)
+    optim.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
+    optim.add_argument("--allow_tf32", action=argparse.BooleanOptionalAction, default=False)
+    optim.add_argument(
+        "--channels_last",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="memory format that convolutions prefer",
+    )
+    optim.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model"
+    )
+    optim.add_argument("--seed", type=int, default=0)
+    return optim
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str, steps: int):
+    """Flags of output, logging, checkpoints and the Hub; `steps` is the default of all intervals but the logs'."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default=output_dir)
+    run.add_argument("--logging_dir", default="logs")
+    run.add_argument("--logging_steps", type=int, default=10, help="reading the losses makes the device wait")
+    run.add_argument("--report_to", default="tensorboard")
+    run.add_argument("--checkpointing_steps", type=int, default=steps)
+    run.add_argument("--checkpoints_total_limit", type=int)
+    run.add_argument("--resume_from_checkpoint", help='"latest", a checkpoint, or "none"')
+    run.add_argument("--validation_steps", type=int, default=steps)
+    run.add_argument("--push_to_hub", action=argparse.BooleanOptionalAction, default=False)
+    run.add_argument("--hub_model_id")
+    run.add_argument("--hub_token")
+    run.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print configuration, sizes, memory and an estimate of the time, from a few real steps; writes nothing",
+    )
+    return run
 
 
 def parse_args_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -21,11 +21,13 @@ class Reconstruction:
         sample (`torch.Tensor` of shape `(B, 3, H, W)`): The reconstruction, about [-1, 1].
         regularisation (`torch.Tensor`, scalar): Codebook and commitment loss of Eq. 1, or the KL divergence.
         codes (`torch.LongTensor` of shape `(B, S, h, w)`, *optional*): The codes, `None` without a quantiser.
+        latents (`torch.Tensor` of shape `(B, d, h, w)`, *optional*): z_e, detached, where there are codes.
     """
 
     sample: torch.Tensor
     regularisation: torch.Tensor
-    codes: torch.LongTensor | None
+    codes: torch.LongTensor | None = None
+    latents: torch.Tensor | None = None
 
 
 def autoencoder_class(path_or_repo: str, **hub_kwargs) -> type:
@@ -63,15 +65,23 @@ def load_autoencoder(path_or_repo: str, **hub_kwargs) -> nn.Module:
     return model.eval()
 
 
-def create_autoencoder(config_name_or_path: str) -> nn.Module:
-    """A freshly initialised autoencoder from a `config.json`, a folder or a Hub repository that holds one."""
+def load_pq_model(path_or_repo: str, **hub_kwargs) -> PQModel:
+    """[`load_autoencoder`] for a model that must have codes; a `ValueError` names another class."""
+    model = load_autoencoder(path_or_repo, **hub_kwargs)
+    if not isinstance(model, PQModel):
+        raise ValueError(f"{path_or_repo} holds a {type(model).__name__}, which has no codes. Give a PQModel.")
+    return model
+
+
+def create_autoencoder(config_name_or_path: str, **overrides) -> nn.Module:
+    """A fresh autoencoder from a `config.json`, a folder or a Hub repository that holds one; overrides win over it."""
     if config_name_or_path.endswith(".json"):
         config = json.loads(Path(config_name_or_path).read_text(encoding="utf-8"))
         if config.get("_class_name") not in AUTOENCODERS:
             raise ValueError(f"{config_name_or_path} must name a `_class_name` out of {', '.join(AUTOENCODERS)}.")
-        return AUTOENCODERS[config["_class_name"]].from_config(config)
+        return AUTOENCODERS[config["_class_name"]].from_config(config, **overrides)
     model_class = autoencoder_class(config_name_or_path)
-    return model_class.from_config(model_class.load_config(config_name_or_path))
+    return model_class.from_config(model_class.load_config(config_name_or_path), **overrides)
 
 
 def downsampling_factor(model: nn.Module) -> int:
@@ -106,15 +116,16 @@ class ReconstructionModel(nn.Module):
         """
         if isinstance(self.autoencoder, AutoencoderKL):
             return self._reconstruct_kl(images)
+        latents = self.autoencoder.encode(images).latents
         if not quantize:
-            latents = self.autoencoder.encode(images).latents
             sample = self.autoencoder.decode(latents, quantize=False).sample
             # Zero, but touches the codebooks: every parameter of a DDP model must receive a gradient.
-            return Reconstruction(sample, 0.0 * self.autoencoder.quantizer.codebooks.sum(), None)
-        output = self.autoencoder(images)
-        return Reconstruction(output.sample, output.loss, output.codes)
+            return Reconstruction(sample, 0.0 * self.autoencoder.quantizer.codebooks.sum())
+        quantized = self.autoencoder.quantize(latents)
+        sample = self.autoencoder.decode(quantized.latents, quantize=False).sample
+        return Reconstruction(sample, quantized.loss, quantized.codes, latents.detach())
 
     def _reconstruct_kl(self, images: torch.Tensor) -> Reconstruction:
         posterior = self.autoencoder.encode(images).latent_dist
         latents = posterior.sample() if self.training else posterior.mode()
-        return Reconstruction(self.autoencoder.decode(latents).sample, posterior.kl().mean(), None)
+        return Reconstruction(self.autoencoder.decode(latents).sample, posterior.kl().mean())

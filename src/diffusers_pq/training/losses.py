@@ -1,14 +1,10 @@
 """Reconstruction and adversarial losses of VQGAN, which PQGAN takes over unchanged (Eq. 1)."""
 
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-# torchvision's file name for the ImageNet weights of VGG16, the backbone of LPIPS.
-_VGG_FILE = "vgg16-397923af.pth"
+from ..metrics import WeightsUnavailableError, load_lpips
 
 
 def load_perceptual_loss() -> nn.Module:
@@ -16,19 +12,13 @@ def load_perceptual_loss() -> nn.Module:
     LPIPS on VGG16, frozen; its forward takes two image batches in [-1, 1] and returns `[B, 1, 1, 1]`.
 
     Raises:
-        FileNotFoundError: if the VGG16 weights are neither in torch's hub cache nor downloadable.
+        WeightsUnavailableError: if the VGG16 weights are neither in torch's hub cache nor downloadable.
     """
-    import lpips
-
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / _VGG_FILE
     try:
-        loss = lpips.LPIPS(net="vgg", verbose=False)
-    except OSError as error:  # urllib's URLError is one
-        raise FileNotFoundError(
-            f"LPIPS needs the VGG16 weights, which could not be downloaded ({error}). Put torchvision's {_VGG_FILE} "
-            f"at {cached}, or switch the term off with `--perceptual_weight 0`."
-        ) from error
-    return loss.eval().requires_grad_(False)
+        return load_lpips("vgg")
+    except WeightsUnavailableError as error:
+        message = f"{error} Or switch the term off with `--perceptual_weight 0`."
+        raise WeightsUnavailableError(message, error.wanted) from error
 
 
 def hinge_discriminator_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:

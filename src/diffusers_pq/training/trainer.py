@@ -1,4 +1,4 @@
-"""One optimisation step of an autoencoder against its discriminator (Eq. 1)."""
+"""Optimisation steps of an autoencoder against its discriminator (Eq. 1)."""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +9,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from .autoencoders import ReconstructionModel
+from ..images import to_uint8
+from ..metrics import CodebookUsage, psnr
+from .autoencoders import Reconstruction, ReconstructionModel
+from .codebooks import DeadEntryReseeder, EMACodebooks
 from .losses import adaptive_weight, hinge_discriminator_loss
 
 
@@ -60,7 +63,10 @@ class AutoencoderLoss:
         if self.discriminator is not None:
             adversarial = -self._frozen_discriminator(sample).mean()
             last_layer = self.accelerator.unwrap_model(model).autoencoder.decoder.conv_out.weight
-            weight = self.weights.discriminator * adaptive_weight(reconstruction, adversarial, last_layer)
+            # Scaled alike, which leaves their ratio, so that the gradients do not underflow in float16.
+            scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+            ratio = adaptive_weight(scale * reconstruction, scale * adversarial, last_layer)
+            weight = self.weights.discriminator * ratio
             loss = loss + weight * adversarial
             parts |= {"adversarial_loss": adversarial.detach(), "adversarial_weight": weight}
         return loss, parts | {"loss": loss.detach()}
@@ -123,3 +129,135 @@ class FiniteSteps:
                 f"The gradient was not finite for {self.in_a_row} steps in a row. The last checkpoint is from before; "
                 "resume from it with a lower learning rate, `--max_grad_norm` or `--mixed_precision bf16`."
             )
+
+
+class AutoencoderTrainer:
+    """
+    One model, its discriminator and what a step does with them.
+
+    Args:
+        accelerator (`Accelerator`)
+        model ([`ReconstructionModel`]), optimizer, lr_scheduler: Prepared by the accelerator.
+        losses ([`AutoencoderLoss`])
+        discriminator, d_optimizer, d_scheduler (*optional*): Likewise prepared.
+        max_grad_norm (`float`, *optional*): Of the model's gradients; `None` does not clip.
+        max_skipped_steps (`int`): See [`FiniteSteps`].
+        ema (`EMAModel`, *optional*): Of the autoencoder's weights.
+        ema_codebooks ([`EMACodebooks`], *optional*)
+        reseeder ([`DeadEntryReseeder`], *optional*)
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer,
+        lr_scheduler,
+        losses: AutoencoderLoss,
+        discriminator: nn.Module | None = None,
+        d_optimizer=None,
+        d_scheduler=None,
+        max_grad_norm: float | None = None,
+        max_skipped_steps: int = 10,
+        ema=None,
+        ema_codebooks: EMACodebooks | None = None,
+        reseeder: DeadEntryReseeder | None = None,
+    ):
+        self.accelerator = accelerator
+        self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
+        self.losses = losses
+        self.discriminator, self.d_optimizer, self.d_scheduler = discriminator, d_optimizer, d_scheduler
+        self.steps = FiniteSteps(accelerator, max_grad_norm, max_skipped_steps)
+        self.d_steps = FiniteSteps(accelerator, limit=max_skipped_steps)
+        self.ema = ema
+        self.ema_codebooks = ema_codebooks
+        self.reseeder = reseeder
+        quantizer = getattr(self.autoencoder, "quantizer", None)
+        # Since the last `codebook_use`.
+        self.usage = None
+        if quantizer is not None:
+            self.usage = CodebookUsage(quantizer.num_subspaces, quantizer.codebook_size).to(accelerator.device)
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        """The bare autoencoder."""
+        return self.accelerator.unwrap_model(self.model).autoencoder
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the last step's gradients were finite."""
+        return not (self.steps.in_a_row or self.d_steps.in_a_row)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of both optimisers that were left out so far."""
+        return self.steps.skipped + self.d_steps.skipped
+
+    def step(self, images: torch.Tensor, quantize: bool = True) -> dict[str, torch.Tensor] | None:
+        """
+        Learn from one batch.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1], on the accelerator's device.
+            quantize (`bool`): `False` trains without the quantiser.
+
+        Returns:
+            What to log, still on the device; `None` while gradients are being accumulated.
+        """
+        models = [model for model in (self.model, self.discriminator) if model is not None]
+        with self.accelerator.accumulate(*models):
+            output = self.model(images, quantize=quantize)
+            loss, logs = self.losses.generator(self.model, images, output)
+            self.accelerator.backward(loss)
+            self.steps.step(self.optimizer, self.model.parameters())
+            self.lr_scheduler.step()
+            if self.discriminator is not None:
+                logs["discriminator_loss"] = self._discriminator_step(images, output)
+        self._observe(output)
+        if not self.accelerator.sync_gradients:
+            return None
+        self._step_codebooks()
+        if self.ema is not None:
+            self.ema.step(self.autoencoder.parameters())
+        return logs | {"psnr": psnr(to_uint8(output.sample.detach()), to_uint8(images)).mean()}
+
+    def codebook_use(self) -> dict[str, float]:
+        """
+        H_n, P_n (Eq. 3) and dead entries of all codes since the last call, over all processes; to be called by all.
+        """
+        if self.usage is None or not self.usage.update_called:
+            return {}
+        use = self.usage.compute()
+        self.usage.reset()
+        return use
+
+    def restart_codebook_averages(self):
+        """Let the running averages go on from the codebooks as they are, after these were set anew."""
+        codebooks = self.autoencoder.quantizer.codebooks
+        if self.ema_codebooks is not None:
+            self.ema_codebooks.restart(torch.ones_like(codebooks[..., 0], dtype=torch.bool))
+        for average, parameter in zip(self.ema.shadow_params if self.ema else (), self.autoencoder.parameters()):
+            if parameter is codebooks:
+                average.copy_(codebooks.detach())
+
+    def _discriminator_step(self, images: torch.Tensor, output: Reconstruction) -> torch.Tensor:
+        loss = self.losses.discriminator_loss(images, output.sample)
+        self.accelerator.backward(loss)
+        self.d_steps.step(self.d_optimizer, self.discriminator.parameters())
+        self.d_scheduler.step()
+        return loss.detach()
+
+    def _observe(self, output: Reconstruction):
+        if output.codes is None:
+            return
+        self.usage.update(output.codes)
+        for remedy in (self.ema_codebooks, self.reseeder):
+            if remedy is not None:
+                remedy.observe(output.latents, output.codes)
+
+    def _step_codebooks(self):
+        if self.ema_codebooks is not None:
+            self.ema_codebooks.step()
+        reseeded = None if self.reseeder is None else self.reseeder.step()
+        if reseeded is not None and self.ema_codebooks is not None:
+            self.ema_codebooks.restart(reseeded)

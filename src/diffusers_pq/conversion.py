@@ -1,0 +1,300 @@
+"""Checkpoints of the original VQGAN, PQGAN and latent diffusion code as diffusers models.
+
+diffusers' own conversion (`AutoencoderKL.from_single_file`) is for Stable Diffusion's autoencoders: it knows neither
+attention inside the levels nor codebooks.
+"""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import AutoencoderKL, ModelMixin, VQModel
+from safetensors.torch import load_file
+
+from .models.autoencoder_pq import PQModel
+
+
+_REQUIRED_OPTIONS = (
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "attn_resolutions",
+    "resolution",
+    "in_channels",
+    "out_ch",
+    "z_channels",
+    "embed_dim",
+)
+
+# Options that change what the network computes but not its tensors, with the one value that diffusers' networks have.
+_FIXED_OPTIONS = {"tanh_out": False, "give_pre_end": False, "distance_type": "l2", "disable_quantization": False}
+
+# Losses, and the counters of a codebook that is a moving average. PQGAN's code also makes a vector quantiser and a
+# product quantiser whichever of them it uses as `quantize`, and its product quantiser has an `embedding` without use.
+_UNUSED_TENSORS = re.compile(r"(loss|vq_standard|vq_split|quantize\.embedding)\.")
+
+_SUBSPACE_CODEBOOK = re.compile(r"((?:quantize\.)?embeddings\.)(\d+)\.weight")
+
+# diffusers -> original, applied in this order.
+_RENAMED_PARTS = (
+    (r"(down|up)_blocks\.(\d+)\.resnets\.", r"\1.\2.block."),
+    (r"(down|up)_blocks\.(\d+)\.attentions\.", r"\1.\2.attn."),
+    (r"(down|up)_blocks\.(\d+)\.\1samplers\.0\.", r"\1.\2.\1sample."),
+    (r"mid_block\.resnets\.0\.", "mid.block_1."),
+    (r"mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.group_norm\.", ".norm."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".proj_out."),
+)
+
+# What Lightning wrote beside the tensors of the published checkpoints.
+_LIGHTNING_EXTRAS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+
+
+class _Skipped:
+    """Takes the place of an object that is not read."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def convert_checkpoint(
+    checkpoint: str | os.PathLike,
+    config: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    target: str | None = None,
+) -> ModelMixin:
+    """
+    Convert a checkpoint of the original code to a folder for `from_pretrained`.
+
+    Args:
+        checkpoint, config, target: See [`load_original_autoencoder`].
+        output_dir: Written whole or not at all; must not exist.
+
+    Returns:
+        The model that was written.
+
+    Raises:
+        FileExistsError: if `output_dir` exists.
+        FileNotFoundError, ValueError: see [`load_original_autoencoder`].
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists():
+        raise FileExistsError(f"{output_dir} exists already: choose another folder or remove it.")
+    model = load_original_autoencoder(checkpoint, config, target)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent) as scratch:
+        unfinished = Path(scratch) / "model"
+        model.save_pretrained(unfinished)
+        os.replace(unfinished, output_dir)
+    return model
+
+
+def load_original_autoencoder(
+    checkpoint: str | os.PathLike, config: str | os.PathLike, target: str | None = None
+) -> ModelMixin:
+    """
+    Load an autoencoder that was trained with the original VQGAN, PQGAN or latent diffusion code.
+
+    Every tensor must have its place, in its shape. Not looked at are `loss.*`, the counters of codebooks that are
+    moving averages, the quantisers that PQGAN's code makes but does not use, and, if the autoencoder is the
+    `first_stage_model` of a diffusion model, all that is not.
+
+    Args:
+        checkpoint: A Lightning checkpoint, a state dict saved by torch, or a `.safetensors` file. Pickles are read
+            with `weights_only=True`.
+        config: The YAML file the model was trained with.
+        target (`str`, *optional*):
+            `"PQModel"` (the default) or `"VQModel"` for a model with codebooks, else `"AutoencoderKL"`.
+
+    Returns:
+        `PQModel`, `VQModel` or `AutoencoderKL`: In eval mode and float32. `scaling_factor` is the original's
+        `scale_factor`; without one it is 1.0, or diffusers' 0.18215 for an `AutoencoderKL`.
+
+    Raises:
+        FileNotFoundError: if one of the files does not exist.
+        ValueError: if one of them is damaged, the checkpoint holds more than tensors, the two do not fit together or
+            `target` cannot hold the model.
+    """
+    options = _read_options(Path(config))
+    tensors = _load_tensors(Path(checkpoint))
+    # Latent diffusion keeps a measured scale beside the weights.
+    scaling_factor = tensors.get("scale_factor", options.get("scale_factor"))
+    tensors = _first_stage(tensors)
+    codebooks = _codebook_names(tensors)
+    model = _create_model(options, target, len(codebooks), scaling_factor)
+    destinations = _destinations(model, codebooks)
+    problems = _mismatches(tensors, destinations)
+    if problems:
+        raise ValueError(
+            f"{checkpoint} does not fit {config} as {type(model).__name__}. {' '.join(problems)} Is it the YAML file "
+            "of this checkpoint?"
+        )
+    for name, destination in destinations.items():
+        destination.copy_(tensors[name].reshape(destination.shape))
+    return model.eval()
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    """The options of the autoencoder, those of `ddconfig` among them, and the `scale_factor` of a diffusion model."""
+    try:
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        outer = model["params"] if "params" in model else model["init_args"]
+        inner = outer["first_stage_config"]["params"] if "first_stage_config" in outer else outer
+        options = outer | inner | inner["ddconfig"]
+    except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no YAML file with `ddconfig` in `model.params` (VQGAN, latent diffusion) or `model.init_args` "
+            f"(PQGAN): {error!r}"
+        ) from error
+    missing = [name for name in _REQUIRED_OPTIONS if name not in options]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    for name, supported in _FIXED_OPTIONS.items():
+        if options.get(name, supported) != supported:
+            raise ValueError(f"{path}: `{name}: {options[name]}` cannot be converted, only {supported} can.")
+    return options
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"No such checkpoint: {path}")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except Exception as error:  # a damaged file can raise anything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise ValueError(
+                f"{path} holds more than tensors ({refused[1]}), which could run code and is not loaded. If you trust "
+                "the file, save its `state_dict` alone, in the environment it comes from."
+            ) from error
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__}).") from error
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} holds no `state_dict` of tensors.")
+    return tensors
+
+
+def _load_pickle(path: Path) -> Any:
+    with torch.serialization.safe_globals([(_Skipped, name) for name in _LIGHTNING_EXTRAS]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _first_stage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix = "first_stage_model."
+    inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return inner or tensors
+
+
+def _codebook_names(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """One name for each subspace, in order; gaps in the numbers are filled, to be found missing."""
+    found = [match for match in map(_SUBSPACE_CODEBOOK.fullmatch, tensors) if match]
+    if not found:
+        return ["quantize.embedding.weight"]
+    count = 1 + max(int(match[2]) for match in found)
+    return [f"{found[0][1]}{subspace}.weight" for subspace in range(count)]
+
+
+def _create_model(
+    options: dict[str, Any], target: str | None, num_subspaces: int, scaling_factor: float | None
+) -> ModelMixin:
+    has_codebooks = "n_embed" in options
+    target = target or ("PQModel" if has_codebooks else "AutoencoderKL")
+    possible = ("PQModel", "VQModel") if has_codebooks else ("AutoencoderKL",)
+    if target not in possible:
+        raise ValueError(
+            f"`target` is {target!r}, but a model with{'' if has_codebooks else 'out'} `n_embed` (codebooks) in its "
+            f"YAML file can only become a {' or '.join(possible)}."
+        )
+    if target == "VQModel" and num_subspaces > 1:
+        raise ValueError(f"A VQModel has one codebook, but the checkpoint has {num_subspaces}: choose PQModel.")
+
+    config = _backbone(options)
+    if scaling_factor is not None:
+        config["scaling_factor"] = float(scaling_factor)
+    if target == "AutoencoderKL":
+        return AutoencoderKL(**config, latent_channels=options["z_channels"])
+    config.setdefault("scaling_factor", 1.0)
+    if target == "VQModel":
+        return VQModel(
+            **config,
+            latent_channels=options["z_channels"],
+            vq_embed_dim=options["embed_dim"],
+            num_vq_embeddings=options["n_embed"],
+        )
+    return PQModel(
+        **config,
+        z_channels=options["z_channels"],
+        latent_channels=options["embed_dim"],
+        num_subspaces=num_subspaces,
+        codebook_size=options["n_embed"],
+    )
+
+
+def _backbone(options: dict[str, Any]) -> dict[str, Any]:
+    """The part of the config that the three classes share."""
+    has_attention = options.get("attn_type") != "none"
+    resolutions = [options["resolution"] // 2**level for level in range(len(options["ch_mult"]))]
+    kinds = ["Attn" if has_attention and side in options["attn_resolutions"] else "" for side in resolutions]
+    return {
+        "in_channels": options["in_channels"],
+        "out_channels": options["out_ch"],
+        "block_out_channels": [options["ch"] * multiple for multiple in options["ch_mult"]],
+        "layers_per_block": options["num_res_blocks"],
+        "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)],
+        "mid_block_add_attention": has_attention,
+        "sample_size": options["resolution"],
+    }
+
+
+def _destinations(model: ModelMixin, codebooks: list[str]) -> dict[str, torch.Tensor]:
+    """The original's names for the model's tensors, which share their memory with the model."""
+    tensors = model.state_dict()
+    entries = []
+    if isinstance(model, PQModel):
+        entries = tensors.pop("quantizer.codebooks").unbind()
+    elif isinstance(model, VQModel):
+        entries = [tensors.pop("quantize.embedding.weight")]
+    levels = len(model.config.block_out_channels)
+    return {_original_name(name, levels): tensor for name, tensor in tensors.items()} | dict(zip(codebooks, entries))
+
+
+def _original_name(name: str, levels: int) -> str:
+    for part, original in _RENAMED_PARTS:
+        name = re.sub(part, original, name)
+    # The original counts the decoder's levels from the finest.
+    return re.sub(r"(?<=decoder\.up\.)\d+", lambda level: str(levels - 1 - int(level[0])), name)
+
+
+def _mismatches(tensors: dict[str, torch.Tensor], destinations: dict[str, torch.Tensor]) -> list[str]:
+    """A sentence for each kind of mismatch, with all names."""
+    missing = sorted(destinations.keys() - tensors.keys())
+    left_over = sorted(name for name in tensors.keys() - destinations.keys() if not _UNUSED_TENSORS.match(name))
+    misshapen = [
+        f"{name} is {list(tensors[name].shape)}, not {list(destination.shape)}"
+        for name, destination in destinations.items()
+        if name in tensors and not _fits(tensors[name].shape, destination.shape)
+    ]
+    found = {"Missing": missing, "Left over": left_over, "Of another shape": misshapen}
+    return [f"{kind}: {', '.join(names)}." for kind, names in found.items() if names]
+
+
+def _fits(shape: torch.Size, expected: torch.Size) -> bool:
+    """The original's 1 x 1 convolutions in attention are diffusers' linear layers."""
+    return shape[: len(expected)] == expected and shape.numel() == expected.numel()

@@ -1,0 +1,59 @@
+"""Pictures as a denoiser sees them: quantised, normalised latents."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+
+from ..models.autoencoder_pq import PQModel
+
+
+@torch.no_grad()
+def encode_latents(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """
+    Encode pictures.
+
+    Args:
+        vae: A [`PQModel`], or an `AutoencoderKL`, whose posterior is sampled.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1], any float dtype.
+
+    Returns:
+        `torch.Tensor` of shape `(B, d, H/F, W/F)`, float32: of a `PQModel` the quantised latents.
+    """
+    images = images.to(vae.device, vae.dtype)
+    if isinstance(vae, PQModel):
+        return vae.quantize(vae.encode(images).latents).latents.float()
+    return vae.encode(images).latent_dist.sample().float()
+
+
+def scale_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """What [`encode_latents`] returns as a denoiser sees it: normalised by the statistics in the config."""
+    if isinstance(vae, PQModel):
+        return vae.scale_latents(latents)
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def set_latent_statistics(vae: nn.Module, batches: Iterable[torch.Tensor]):
+    """
+    Set an autoencoder's config so that a denoiser sees latents of variance 1: mean and standard deviation of each
+    channel of a [`PQModel`] (its latents have many channels of unlike scale), `scaling_factor` of an `AutoencoderKL`.
+
+    Args:
+        vae: Changed in place.
+        batches (iterable of `torch.Tensor` of shape `(B, d, h, w)`): What [`encode_latents`] returns.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for latents in batches:
+        latents = latents.double()
+        count += latents[:, 0].numel()
+        total = total + latents.sum((0, 2, 3))
+        squares = squares + latents.square().sum((0, 2, 3))
+    mean = total / count
+    if isinstance(vae, PQModel):
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        std = torch.where(std > 1e-6, std, 1.0)  # a channel that never changes keeps its scale
+        vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
+    else:
+        variance = squares.sum() / (count * len(mean)) - mean.mean().square()
+        vae.register_to_config(shift_factor=None, scaling_factor=float(variance.rsqrt()))

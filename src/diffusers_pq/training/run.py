@@ -1,0 +1,208 @@
+"""What all training scripts do around their steps: devices, resuming, logs, checkpoints, the Hub, and dry runs."""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from huggingface_hub import ModelCard, ModelCardData
+from torchvision.utils import make_grid
+from tqdm.auto import tqdm
+
+from ..profiling import describe_machine, measure_peak_bytes, measure_seconds
+from .checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
+from .uploads import BestModel, HubUploads
+
+
+logger = logging.getLogger(__name__)
+
+_DRY_RUN_STEPS = 3  # whose median time is taken
+
+
+def create_accelerator(args: argparse.Namespace, kwargs_handlers: list | None = None) -> Accelerator:
+    """The accelerator of a run with the flags of `arguments.py`; also seeds all random generators and sets up logs."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    accelerator = Accelerator(
+        # Epochs follow each other without a gap, and so does accumulation.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        mixed_precision=args.mixed_precision,
+        kwargs_handlers=kwargs_handlers,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+    )
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if accelerator.state.deepspeed_plugin is not None:  # which cannot see the batch size of a loader of our own
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    set_seed(args.seed)
+    return accelerator
+
+
+class TrainingRun:
+    """
+    The state of a run beside its models: the step it is at, and what it writes where.
+
+    Args:
+        args (`argparse.Namespace`): With the flags of `add_run_arguments`.
+        accelerator (`Accelerator`)
+        best (`BestModel`, *optional*): Keeps the best model of the validations.
+
+    Attributes:
+        step (`int`): Optimisation steps taken, those before a resumed checkpoint included.
+        checkpoint (`Path`, *optional*): The one to resume from.
+    """
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, best: BestModel | None = None):
+        self.args = args
+        self.accelerator = accelerator
+        self.best = best
+        self.checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        self.step = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
+        self.uploads = None
+
+    def start(self):
+        """Load the checkpoint, once everything is prepared, and open the logs."""
+        if self.checkpoint is not None:
+            self.accelerator.load_state(str(self.checkpoint))
+            logger.info("Resumed from %s", self.checkpoint)
+        self._progress = tqdm(
+            total=self.args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process
+        )
+        if not self.accelerator.is_main_process:
+            return
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        settings = json.dumps(_settings(self.args), indent=2) + "\n"
+        Path(self.args.output_dir, "training_config.json").write_text(settings)
+        self.accelerator.init_trackers("diffusers_pq")
+        if self.args.push_to_hub:
+            repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
+            self.uploads = HubUploads(repo_id, self.args.hub_token)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.args.max_train_steps
+
+    def advance(self):
+        """Count an optimisation step."""
+        self.step += 1
+        self._progress.update()
+
+    def is_due(self, interval: int) -> bool:
+        """Whether something that is done every `interval` steps is to be done now."""
+        return self.step % interval == 0
+
+    def log(self, logs: dict[str, float | torch.Tensor], shown: tuple[str, ...] = ("loss",)):
+        """Log numbers, those in `shown` also beside the progress bar. Waits for the device."""
+        logs = {name: float(value) for name, value in logs.items()}
+        self._progress.set_postfix({name: f"{logs[name]:.3g}" for name in shown if name in logs})
+        self.accelerator.log(logs, step=self.step)
+
+    def save_checkpoint(self):
+        """To be called by all processes."""
+        save_checkpoint(self.accelerator, self.args.output_dir, self.step, self.args.checkpoints_total_limit)
+
+    def log_scores(self, scores: dict[str, float]):
+        """Log what a validation found."""
+        self.accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=self.step)
+        if self.accelerator.is_main_process:
+            logger.info("step %d: %s", self.step, ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+    def log_images(self, images: torch.Tensor, images_per_row: int):
+        """Log a grid of uint8 pictures `[N, 3, H, W]`."""
+        grid = make_grid(images, nrow=images_per_row).permute(1, 2, 0)[None].cpu().numpy()
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation/pictures": grid}, step=self.step, **options)
+
+    def keep_if_best(self, save: Callable[[Path], object], scores: dict[str, float]):
+        """Let a model whose score is the best yet be saved, and start its upload."""
+        if not self.accelerator.is_main_process or not self.best.offer(save, scores, self.step):
+            return
+        if self.uploads is not None:
+            write_card(self.best.folder, self.args)
+            self.uploads.start(self.best.folder, f"step {self.step}, the best yet")
+
+    def finish(self, save: Callable[[Path], object]):
+        """
+        Write the trained model, and upload it.
+
+        Args:
+            save: Writes the model into the folder it is given; called by the main process.
+        """
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir)
+            save(folder)
+            write_card(folder, self.args)
+            if self.uploads is not None and not self.uploads.upload(folder, f"step {self.step}"):
+                logger.warning("Repeat it with `hf upload %s %s`.", self.uploads.repo_id, folder)
+        self.accelerator.end_training()
+
+
+def write_card(folder: Path, args: argparse.Namespace):
+    """A model card that says what the model was trained on, unless there is one already."""
+    path = folder / "README.md"
+    if path.is_file():
+        return
+    dataset = args.dataset_name or args.train_data_dir
+    metadata = ModelCardData(library_name="diffusers", tags=["diffusers", "diffusers_pq", "diffusers-training"])
+    text = f"Trained with `diffusers_pq` on {dataset}; `training_config.json` holds all settings of the run."
+    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n{text}\n").save(path)
+
+
+def dry_run(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    models: dict[str, nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    take_step: Callable[[], object],
+):
+    """
+    Print what a run would do and need; its steps are real, but nothing is written.
+
+    Args:
+        args (`argparse.Namespace`): Printed as a recipe.
+        accelerator (`Accelerator`)
+        models (`dict[str, nn.Module]`): Whose parameters are counted, by name.
+        optimizers (`list`): Whose state is part of the memory that is always held.
+        take_step: One optimisation step.
+    """
+    device = str(accelerator.device)
+    take_step()  # compiles, and allocates the optimisers' state
+    peak = measure_peak_bytes(take_step, device)
+    seconds = measure_seconds(take_step, _DRY_RUN_STEPS, device, warm_up=0)
+    if not accelerator.is_main_process:
+        return
+    held = _held_bytes(models.values(), optimizers)
+    hours = seconds * args.max_train_steps / 3600
+    given = {name: value for name, value in _settings(args).items() if value is not None}
+    print(yaml.safe_dump(given, sort_keys=False))
+    for name, model in models.items():
+        print(f"{name}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
+    print(f"memory: {held / 2**30:.2f} GiB weights and optimiser states + {peak / 2**30:.2f} GiB within a step")
+    print(f"time: {seconds:.3g} s a step, {hours:.3g} hours for {args.max_train_steps} steps")
+    print(f"measured on {accelerator.num_processes} x {describe_machine(device)}")
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """All flags but the token, as JSON values."""
+    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _held_bytes(models, optimizers) -> int:
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            tensors += [value for value in state.values() if torch.is_tensor(value)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

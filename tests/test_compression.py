@@ -1,0 +1,162 @@
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import tiny_config
+from diffusers import AutoencoderKL
+
+from diffusers_pq import PQModel
+from diffusers_pq.cli import main
+from diffusers_pq.compression import compress_picture, decompress_picture, pack_codes, unpack_codes
+from diffusers_pq.reconstruction import reconstruct_picture
+from diffusers_pq.training.autoencoders import load_autoencoder
+
+
+SIZE = (45, 31)  # 12 x 8 latent pixels at F = 4
+FILE_OF_VERSION_1 = (
+    "89505143019a7da1da62b9bde60a00000008000000040000000200000003000000fa754e0aefb913cd60e7db3ac39e8042d6b8d532"
+)
+WITHOUT_CODES = 4 + 1 + 8 + 5 * 4 + 4  # bytes of header and checksum
+
+
+@pytest.fixture
+def picture():
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
+    return PIL.Image.fromarray(noise)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def random_codes(*shape, size=16):
+    return torch.randint(0, size, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("size", [SIZE, (48, 32), (1, 1), (4, 700)])
+def test_codes_come_back_as_they_were(model, size):
+    codes = random_codes(1, 4, -(-size[1] // 4), -(-size[0] // 4))
+    unpacked, unpacked_size = unpack_codes(model, pack_codes(model, codes, size))
+    assert torch.equal(unpacked, codes) and unpacked.dtype == torch.long and unpacked_size == size
+
+
+@pytest.mark.parametrize("subspaces, entries", [(1, 300), (8, 16), (2, 2)])
+def test_any_number_of_subspaces_and_entries_can_be_coded(subspaces, entries):
+    model = PQModel(**tiny_config(num_subspaces=subspaces, codebook_size=entries)).eval()
+    codes = random_codes(1, subspaces, 8, 12, size=entries)
+    assert torch.equal(unpack_codes(model, pack_codes(model, codes, SIZE))[0], codes)
+
+
+def test_the_size_of_a_file_is_the_information_in_its_codes(model):
+    """The code lengths of the adaptive distributions, computed here one code after the other, in subspaces alike and
+    unlike each other."""
+    samples = torch.stack([torch.arange(16).float().mul(-decay).exp() for decay in (0, 0.3, 1, 3)])
+    codes = torch.multinomial(samples, 3000, replacement=True, generator=torch.Generator().manual_seed(2))
+    bits = 0
+    for subspace in codes.tolist():
+        weights = [32 / 16] * 16
+        for code in subspace:
+            bits -= math.log2(weights[code] / sum(weights))
+            weights[code] += 1
+    size = len(pack_codes(model, codes.view(1, 4, 50, 60), (240, 200))) - WITHOUT_CODES
+    assert bits / 8 <= size < 1.001 * bits / 8 + 8
+    assert size < 0.7 * codes.numel() * math.log2(16) / 8
+
+
+def test_codes_without_a_pattern_cost_hardly_more_than_whole_bits(model):
+    codes = random_codes(1, 4, 50, 60)
+    size = len(pack_codes(model, codes, (240, 200))) - WITHOUT_CODES
+    assert size < 1.01 * codes.numel() * math.log2(16) / 8
+
+
+def test_the_format_stays_as_it_is(model):
+    """A file of version 1 from when the format was made: another content needs another version."""
+    model.quantizer.codebooks.data = torch.arange(4 * 16 * 2).view(4, 16, 2).float()
+    codes = (torch.arange(4 * 2 * 3).view(1, 4, 2, 3) * 7) % 16
+    data = bytes.fromhex(FILE_OF_VERSION_1)
+    assert pack_codes(model, codes, (10, 8)) == data
+    unpacked, size = unpack_codes(model, data)
+    assert torch.equal(unpacked, codes) and size == (10, 8)
+
+
+def test_decompresses_to_the_reconstruction_in_the_original_size(model, picture):
+    decompressed = decompress_picture(model, compress_picture(model, picture))
+    assert decompressed.size == SIZE
+    assert decompressed.tobytes() == reconstruct_picture(model, picture).picture.tobytes()
+
+
+def test_every_damaged_byte_is_noticed(model, picture):
+    data = compress_picture(model, picture)
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 4
+        with pytest.raises(ValueError, match="is damaged|version 5 of the format|no picture compressed"):
+            unpack_codes(model, bytes(damaged))
+
+
+def test_every_truncation_is_noticed(model, picture):
+    data = compress_picture(model, picture)
+    for length in range(len(data)):
+        with pytest.raises(ValueError, match="truncated|no picture compressed"):
+            unpack_codes(model, data[:length])
+    with pytest.raises(ValueError, match="is damaged"):
+        unpack_codes(model, data + b"\0")
+
+
+def test_a_foreign_file_and_a_newer_version_are_named(model, picture, tmp_path):
+    picture.save(tmp_path / "picture.png")
+    with pytest.raises(ValueError, match="no picture compressed by `diffusers-pq compress`"):
+        decompress_picture(model, (tmp_path / "picture.png").read_bytes())
+    content = bytearray(compress_picture(model, picture)[:-4])
+    content[4] = 2
+    with pytest.raises(ValueError, match="version 2 of the format, but this diffusers_pq reads version 1"):
+        decompress_picture(model, bytes(content) + struct.pack("<I", zlib.crc32(content)))
+
+
+def test_a_file_of_another_model_is_refused(model, picture):
+    data = compress_picture(model, picture)
+    model.quantizer.codebooks.data[1, 2, 0] += 1e-3
+    with pytest.raises(ValueError, match="made with another model"):
+        decompress_picture(model, data)
+
+
+def test_codes_that_do_not_fit_are_named(model):
+    with pytest.raises(ValueError, match=r"`codes` of a picture of 45 x 31 pixels must have shape \[1, 4, 8, 12\]"):
+        pack_codes(model, random_codes(1, 4, 8, 11), SIZE)
+    with pytest.raises(ValueError, match=r"`codes` must lie in \[0, 15\]"):
+        pack_codes(model, random_codes(1, 4, 8, 12) + 1, SIZE)
+
+
+def test_the_commands_compress_and_decompress(folder, picture, tmp_path, capsys):
+    photo, file, output = (str(tmp_path / name) for name in ("photo.png", "photo.pqc", "out/photo.png"))
+    picture.save(photo)
+    assert main(["compress", photo, "--model", folder, "--output", file]) == 0
+    bits = 8 * Path(file).stat().st_size / (SIZE[0] * SIZE[1])
+    expected = reconstruct_picture(load_autoencoder(folder), picture)
+    assert f"bits_per_pixel {bits:.4g}, psnr {expected.scores['psnr']:.4g}" in capsys.readouterr().out
+    assert main(["decompress", file, "--model", folder, "--output", output]) == 0
+    with PIL.Image.open(output) as result:
+        assert result.tobytes() == expected.picture.tobytes()
+
+
+def test_errors_of_the_commands_are_one_line_and_leave_no_file(folder, picture, tmp_path, capsys):
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "kl")
+    photo, output, kl = (str(tmp_path / name) for name in ("photo.png", "output.png", "kl"))
+    picture.save(photo)
+    for arguments, message in [
+        (["compress", photo, "--model", kl, "--output", output], "Only a PQModel has codes"),
+        (["decompress", photo, "--model", kl, "--output", output], "Only a PQModel has codes"),
+        (["decompress", photo, "--model", folder, "--output", output], "no picture compressed by"),
+        (["decompress", output, "--model", folder, "--output", output], "No such file"),
+    ]:
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("*output*"))

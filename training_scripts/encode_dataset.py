@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Encode a dataset's pictures once to packed codes of a PQModel, for `train_pqsd.py --latents_dir`.
+
+    accelerate launch training_scripts/encode_dataset.py --vae_name_or_path runs/pqgan-f8-768 \\
+        --train_data_dir data/unsplash-full --resolution 768 --output_dir data/unsplash-codes
+
+Run it once for each resolution of the stages. An interrupted run goes on where it was.
+"""
+
+import argparse
+
+from accelerate import Accelerator
+
+from diffusers_pq.training.autoencoders import load_pq_model
+from diffusers_pq.training.data import CaptionedCrops, load_images
+from diffusers_pq.training.latent_cache import encode_dataset
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae_name_or_path", required=True)
+    parser.add_argument("--dataset_name")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--train_data_dir")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--caption_column", default="text")
+    parser.add_argument("--cache_dir")
+    parser.add_argument("--resolution", type=int, required=True)
+    parser.add_argument("--min_image_side", type=int, help="smaller pictures are skipped; default: the resolution")
+    parser.add_argument("--center_crop", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--rows_per_shard", type=int, default=1000)
+    parser.add_argument("--output_dir", required=True)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    accelerator = Accelerator()
+    vae = load_pq_model(args.vae_name_or_path).to(accelerator.device)
+    source = args.dataset_name, args.train_data_dir, args.image_column, "train", args.dataset_config_name
+    rows = load_images(*source, args.cache_dir, other_columns=(args.caption_column,))
+    if rows is None:
+        raise ValueError("The dataset has no `train` split.")
+    crops = CaptionedCrops(
+        args.image_column, args.resolution, None, args.center_crop, args.random_flip, args.min_image_side
+    )
+    sizes = args.batch_size, args.rows_per_shard
+    counts = encode_dataset(vae, rows, crops, args.caption_column, args.output_dir, accelerator, *sizes)
+    print(f"{args.output_dir}: {counts['written']} shards written, {counts['skipped']} pictures skipped")
+
+
+if __name__ == "__main__":
+    main(parse_args())

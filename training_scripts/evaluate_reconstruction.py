@@ -1,0 +1,90 @@
+#!/usr/bin/env python
+"""Measure the reconstructions of an image autoencoder as the paper does (section 4.4): any `PQModel`, `VQModel`,
+`AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, any image dataset.
+
+    accelerate launch training_scripts/evaluate_reconstruction.py --dataset_name ILSVRC/imagenet-1k --streaming \
+        --pretrained_model_name_or_path model_cards/pqgan-f8 --output_dir runs/evaluation
+
+The defaults are the paper's protocol for ImageNet at 256 x 256 (Table 1). Runs with the same `--output_dir` share a
+table, `results.md`. A run that was stopped goes on where it was when it is started again with the same arguments.
+"""
+
+import argparse
+
+from accelerate import Accelerator
+
+from diffusers_pq.evaluation import EvaluationData, run_evaluation, write_table
+from diffusers_pq.metrics import METRICS
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--pretrained_model_name_or_path", required=True, help="folder or Hub repository")
+    model.add_argument("--subfolder", help='of the model, "vae" of a pipeline')
+    model.add_argument("--revision")
+    model.add_argument("--variant")
+    model.add_argument("--name", help="of the model in the table; default: the last part of its path")
+    data = parser.add_argument_group("data")
+    source = data.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset_name", help="Hub dataset or local dataset folder")
+    source.add_argument("--data_dir", help="folder in the imagefolder layout")
+    data.add_argument("--dataset_config_name")
+    data.add_argument("--split", default="validation")
+    data.add_argument("--image_column", default="image")
+    data.add_argument("--resolution", type=int, default=256, help="side of the centre crops")
+    data.add_argument(
+        "--image_interpolation_mode",
+        choices=("bicubic", "bilinear", "box", "lanczos"),
+        default="bicubic",
+        help="filter that resizes the short side",
+    )
+    data.add_argument("--max_samples", type=int, help="only the first; the paper: 10000 of FFHQ, 3000 of LSUN")
+    data.add_argument("--streaming", action="store_true", help="read while evaluating instead of downloading first")
+    data.add_argument("--cache_dir", help="of the dataset")
+    run = parser.add_argument_group("run")
+    run.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
+    run.add_argument("--batch_size", type=int, default=16, help="per process")
+    run.add_argument("--dataloader_num_workers", type=int, default=4, help="per process")
+    run.add_argument("--checkpointing_steps", type=int, default=50, help="batches between two savings")
+    run.add_argument("--output_dir", default="evaluation")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    accelerator = Accelerator()
+    data = EvaluationData(
+        dataset_name=args.dataset_name,
+        data_dir=args.data_dir,
+        dataset_config_name=args.dataset_config_name,
+        split=args.split,
+        image_column=args.image_column,
+        resolution=args.resolution,
+        image_interpolation_mode=args.image_interpolation_mode,
+        max_samples=args.max_samples,
+    )
+    run_evaluation(
+        accelerator,
+        args.pretrained_model_name_or_path,
+        data,
+        args.output_dir,
+        name=args.name,
+        metrics=args.metrics,
+        batch_size=args.batch_size,
+        num_workers=args.dataloader_num_workers,
+        streaming=args.streaming,
+        cache_dir=args.cache_dir,
+        checkpointing_steps=args.checkpointing_steps,
+        subfolder=args.subfolder,
+        revision=args.revision,
+        variant=args.variant,
+    )
+    if accelerator.is_main_process:
+        print(write_table(args.output_dir))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
