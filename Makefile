@@ -62,4 +62,5 @@ benchmarks: install
 	$(BIN)/python benchmarks/quantizer_speed.py
 	$(BIN)/python benchmarks/model_speed.py
 	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/rate_distortion.py
 	$(BIN)/python benchmarks/generation_speed.py

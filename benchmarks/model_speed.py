@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time and memory of encoding and decoding whole pictures, eager, channels_last and compiled; and what tiling changes.
+"""Time and memory of encoding and decoding whole pictures, by memory layout and compiled; and what tiling changes.
 
     python benchmarks/model_speed.py                       # on a GPU: --device cuda --dtype float16
 
@@ -20,12 +20,15 @@ from tqdm import tqdm
 from diffusers_pq import PQModel
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.metrics import psnr
+from diffusers_pq.models import autoencoder_pq
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.profiling import describe_machine, measure_peak_bytes, measure_seconds
 from diffusers_pq.training.autoencoders import load_autoencoder
 
 
-VARIANTS = ("eager", "channels_last", "compile")
+# On a CPU PQModel takes the channels_last layout by default; "contiguous" is without.
+VARIANTS = ("contiguous", "default", "compile")
+FASTEST_LAYOUT = autoencoder_pq._fastest_layout
 
 
 def parse_args(argv=None):
@@ -45,8 +48,8 @@ def parse_args(argv=None):
 def build(path, variant, args):
     torch.manual_seed(0)
     model = PQModel.from_config(PQModel.load_config(path)).eval().to(args.device, getattr(torch, args.dtype))
-    if variant == "channels_last":
-        model.to(memory_format=torch.channels_last)
+    layout = (lambda x: x) if variant == "contiguous" else FASTEST_LAYOUT
+    autoencoder_pq._fastest_layout = layout
     if variant == "compile":
         model.encoder.compile()
         model.decoder.compile()

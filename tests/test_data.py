@@ -15,18 +15,14 @@ from accelerate import Accelerator
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from diffusers_pq.images import to_tensor
-from diffusers_pq.training.data import (
-    BadImageError,
+from diffusers_pq.training.data import BadImageError, CentreCrops, RandomCrops, load_images, usable_rows
+from diffusers_pq.training.loaders import (
     BadImages,
-    CentreCrops,
     EpochSampler,
-    RandomCrops,
     SeededDataset,
     SeededStream,
     StreamPosition,
     build_train_loader,
-    load_images,
-    usable_rows,
 )
 
 
@@ -174,7 +170,7 @@ def test_no_two_readers_see_the_same_picture_in_an_epoch(processes, workers, par
     stream = load_stream(parquet, tmp_path)
     seen = []
     for process, worker in itertools.product(range(processes), range(workers)):
-        monkeypatch.setattr("diffusers_pq.training.data._reader", lambda worker=worker: (worker, workers))
+        monkeypatch.setattr("diffusers_pq.training.loaders._reader", lambda worker=worker: (worker, workers))
         bad_images = BadImages("skip", workers)
         samples = streamed(stream, process_index=process, num_processes=processes, bad_images=bad_images)
         for crops in samples:

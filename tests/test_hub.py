@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from conftest import tiny_config, tiny_unet
@@ -19,6 +20,7 @@ from diffusers_pq.cli import main
 
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
+TRAIN_PQGAN = Path(__file__).parent.parent / "training_scripts" / "train_pqgan.py"
 CARD = "---\nlicense: apache-2.0\nlibrary_name: diffusers\n---\n\n# A tiny one\n"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OBJECT = r"/\w{64}"  # path of a large file in the storage
@@ -315,3 +317,26 @@ def test_push_takes_a_configuration_without_weights_and_says_so(root, tmp_path, 
     assert main(["push", str(tmp_path / "model"), "org/configuration"]) == 1
     assert "holds no weights: the configuration is pushed alone" in caplog.text
     assert "offline mode is enabled" in capsys.readouterr().err
+
+
+def test_training_uploads_in_the_background_and_survives_uploads_that_fail(hub, root, tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for number in range(3):
+            PIL.Image.effect_noise((40, 40), 40).convert("RGB").save(tmp_path / "data" / split / f"{number}.png")
+    command = [sys.executable, str(TRAIN_PQGAN), "--model_config_name_or_path", str(root / "model")]
+    command += ["--train_data_dir", str(tmp_path / "data"), "--resolution", "32", "--train_batch_size", "2"]
+    command += ["--output_dir", str(tmp_path / "run"), "--perceptual_weight", "0", "--discriminator_weight", "0"]
+    command += ["--max_train_steps", "2", "--validation_steps", "1", "--checkpointing_steps", "1"]
+    command += ["--push_to_hub", "--hub_model_id", "org/trained", "--hub_token", "hf_owner"]
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    hub.cut("POST", "/api/models/org/trained/commit/main")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "The upload to org/trained failed, nothing local is lost" in result.stderr
+    pushed = hub.files("org/trained")
+    for name in (WEIGHTS, f"best/{WEIGHTS}", "best/validation.json", "README.md", "training_config.json"):
+        assert pushed[name] == (tmp_path / "run" / name).read_bytes()
+    assert not any(name.startswith(("checkpoint", "logs")) for name in pushed)
+    assert b"hf_owner" not in pushed["training_config.json"]

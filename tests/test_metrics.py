@@ -221,7 +221,7 @@ def test_cmmd_resizes_like_pillow():
 
 def test_scores_do_not_depend_on_the_batch_size():
     whole = scores_in_batches(10)
-    assert whole.keys() == {"psnr", "ssim", "rfid", "cmmd", "H_n", "P_n", "dead"}
+    assert whole.keys() == {"psnr", "ssim", "rfid", "cmmd", "H_n", "P_n", "dead", "dead_max"}
     for batch_size in (1, 3):
         assert scores_in_batches(batch_size) == pytest.approx(whole, rel=1e-5)
 
@@ -281,10 +281,10 @@ def test_uniform_use_is_one_and_a_single_entry_nearly_zero():
     usage = CodebookUsage(num_subspaces=2, codebook_size=8)
     uniform = torch.arange(8).view(1, 1, 2, 4).expand(3, 2, 2, 4)
     usage.update(uniform)
-    assert usage.compute() == pytest.approx({"H_n": 1, "P_n": 1, "dead": 0})
+    assert usage.compute() == pytest.approx({"H_n": 1, "P_n": 1, "dead": 0, "dead_max": 0})
     collapsed = CodebookUsage(2, 8)
     collapsed.update(torch.zeros(1, 2, 4, 4, dtype=torch.long))
-    assert collapsed.compute() == pytest.approx({"H_n": 0, "P_n": 1 / 8, "dead": 7 / 8})
+    assert collapsed.compute() == pytest.approx({"H_n": 0, "P_n": 1 / 8, "dead": 7 / 8, "dead_max": 7 / 8})
 
 
 def test_use_is_averaged_over_subspaces_and_batches():
@@ -292,7 +292,8 @@ def test_use_is_averaged_over_subspaces_and_batches():
     usage = CodebookUsage(2, 4)
     usage.update(codes)
     usage.update(codes)
-    assert usage.compute() == pytest.approx({"H_n": 0.25, "P_n": (2 / 4 + 1 / 4) / 2, "dead": 5 / 8})
+    expected = {"H_n": 0.25, "P_n": (2 / 4 + 1 / 4) / 2, "dead": 5 / 8, "dead_max": 3 / 4}
+    assert usage.compute() == pytest.approx(expected)
 
 
 def test_nothing_counted_is_an_error():

@@ -130,6 +130,9 @@ def test_the_first_stage_trains_the_first_and_last_convolution_only(workspace):
         name.split(".")[0] for name, value in unet_weights(workspace / "conv").items() if not value.equal(start[name])
     }
     assert changed == {"conv_in", "conv_out"}
+    adapt(workspace, "again", "--pretrained_model_name_or_path", workspace / "conv", stages="32:1:1e-2:all")
+    pipeline = StableDiffusionPQPipeline.from_pretrained(workspace / "again", safety_checker=None)
+    assert pipeline.unet.config.in_channels == 8
 
 
 def test_trains_the_text_encoder_of_a_pipeline_on_kl_latents(workspace):

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from conftest import tiny_config
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
@@ -29,6 +29,7 @@ from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, 
 from diffusers_pq.training.codebooks import EMACodebooks
 from diffusers_pq.training.initialisation import copy_matching_weights
 from diffusers_pq.training.losses import adaptive_weight, hinge_discriminator_loss, load_perceptual_loss
+from diffusers_pq.training.run import whole_module
 from diffusers_pq.training.trainer import AutoencoderLoss, AutoencoderTrainer, FiniteSteps, LossWeights
 
 
@@ -78,7 +79,7 @@ def test_trains_with_everything_on_and_leaves_a_loadable_model(workspace):
     assert [path.name for path in list_checkpoints(workspace / "out")] == ["checkpoint-3", "checkpoint-6"]
     assert "psnr" in result.stderr and "H_n" in result.stderr
     best = json.loads((workspace / "out" / "best" / "validation.json").read_text())
-    assert best["step"] in (3, 6) and {"psnr", "ssim", "H_n", "P_n", "dead"} <= best.keys()
+    assert best["step"] in (3, 6) and {"psnr", "ssim", "H_n", "P_n", "dead", "dead_max"} <= best.keys()
     assert isinstance(load_autoencoder(str(workspace / "out" / "best")), PQModel)
     assert "diffusers_pq" in (workspace / "out" / "README.md").read_text()
     settings = json.loads((workspace / "out" / "training_config.json").read_text())
@@ -264,6 +265,7 @@ def test_generator_step_leaves_the_discriminator_trainable(model, images):
 def test_starts_from_the_linear_autoencoder_of_its_pictures(workspace, model):
     extra = ("--learning_rate", "0", "--discriminator_weight", "0", "--max_train_steps", "1")
     extra += ("--validation_steps", "1", "--codebook_init", "kmeans", "--kmeans_vectors_per_entry", "4")
+    extra += ("--channels_last",)
     psnr = {}
     for start in ("default", "pca"):
         result = run(workspace, start, *extra, "--weight_init", start, model=model)
@@ -376,3 +378,29 @@ def test_averages_follow_codebooks_that_are_set_anew(model):
     assert (remedy.sums == 7).all()
     ema.copy_to(model.parameters())
     assert (model.quantizer.codebooks == 7).all()
+
+
+class ShardingAccelerator:
+    """What `whole_module` needs of an accelerator whose model is sharded: weights come from `get_state_dict` only."""
+
+    distributed_type = DistributedType.FSDP
+
+    def __init__(self, state, is_main_process):
+        self.state = state
+        self.is_main_process = is_main_process
+
+    def unwrap_model(self, model):
+        return model
+
+    def get_state_dict(self, model):
+        return self.state
+
+
+def test_a_sharded_model_is_saved_whole(model):
+    whole = ReconstructionModel(PQModel(**tiny_config()))
+    state = {name: value.clone() for name, value in whole.state_dict().items()}
+    sharded = ReconstructionModel(model)
+    saved = whole_module(ShardingAccelerator(state, True), sharded, "autoencoder")
+    assert all(torch.equal(value, state[f"autoencoder.{name}"]) for name, value in saved.state_dict().items())
+    assert saved is not model and whole_module(ShardingAccelerator({}, False), sharded, "autoencoder") is not model
+    assert whole_module(Accelerator(cpu=True), sharded, "autoencoder") is model

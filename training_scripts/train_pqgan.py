@@ -34,15 +34,16 @@ from diffusers_pq.training.autoencoders import (
     load_autoencoder,
 )
 from diffusers_pq.training.codebooks import DeadEntryReseeder, EMACodebooks
-from diffusers_pq.training.data import RandomCrops, build_train_loader, first_batches, load_images, usable_rows
+from diffusers_pq.training.data import RandomCrops, load_images, usable_rows
 from diffusers_pq.training.initialisation import (
     collect_latents,
     copy_matching_weights,
     kmeans_codebooks,
     pca_init,
 )
+from diffusers_pq.training.loaders import build_train_loader, first_batches
 from diffusers_pq.training.losses import load_perceptual_loss
-from diffusers_pq.training.run import TrainingRun, create_accelerator, dry_run
+from diffusers_pq.training.run import TrainingRun, create_accelerator, dry_run, whole_module
 from diffusers_pq.training.trainer import AutoencoderLoss, AutoencoderTrainer, LossWeights
 from diffusers_pq.training.uploads import BestModel
 from diffusers_pq.training.validation import ReconstructionValidation, ema_weights
@@ -146,6 +147,14 @@ def build_model(args):
     factor = downsampling_factor(autoencoder)
     if args.resolution % factor:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of the downsampling factor F = {factor}.")
+    if hasattr(autoencoder, "quantizer"):
+        autoencoder.quantizer.gradient_estimator = args.gradient_estimator
+        # Before DDP wraps the model, which waits for the gradients of all parameters that had one then.
+        autoencoder.quantizer.codebooks.requires_grad_(not args.codebook_ema_decay)
+    return ReconstructionModel(autoencoder)
+
+
+def save_memory_and_time(args, autoencoder):
     if args.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
     if args.channels_last:
@@ -153,11 +162,6 @@ def build_model(args):
     if args.compile:
         autoencoder.encoder.compile()
         autoencoder.decoder.compile()
-    if hasattr(autoencoder, "quantizer"):
-        autoencoder.quantizer.gradient_estimator = args.gradient_estimator
-        # Before DDP wraps the model, which waits for the gradients of all parameters that had one then.
-        autoencoder.quantizer.codebooks.requires_grad_(not args.codebook_ema_decay)
-    return ReconstructionModel(autoencoder)
 
 
 def build_discriminator(args):
@@ -284,9 +288,14 @@ def optimisation_step(trainer, batches, quantize):
             return logs
 
 
+def save_autoencoder(trainer, folder):
+    autoencoder = whole_module(trainer.accelerator, trainer.model, "autoencoder")
+    autoencoder.save_pretrained(folder, is_main_process=trainer.accelerator.is_main_process)
+
+
 def save_model(trainer, folder):
-    trainer.autoencoder.save_pretrained(folder)
-    if trainer.discriminator is not None:
+    save_autoencoder(trainer, folder)
+    if trainer.discriminator is not None and trainer.accelerator.is_main_process:
         trainer.accelerator.unwrap_model(trainer.discriminator).save_pretrained(folder / "discriminator")
 
 
@@ -299,6 +308,7 @@ def main(args):
     model = build_model(args)
     if args.weight_init == "pca" and run.checkpoint is None:
         fit_to_images(args, model.autoencoder, train_images)
+    save_memory_and_time(args, model.autoencoder)
     perceptual_loss = load_perceptual_loss().to(accelerator.device) if args.perceptual_weight else None
     trainer = build_trainer(args, accelerator, model, perceptual_loss)
     loader = build_train_images_loader(args, accelerator, train_images, run.step)
@@ -337,7 +347,7 @@ def main(args):
                 scores, pictures = validation.evaluate(trainer.model, quantize)
                 run.log_scores(scores)
                 run.log_images(pictures, images_per_row=len(pictures) // 2)
-                run.keep_if_best(trainer.autoencoder.save_pretrained, scores)
+                run.keep_if_best(partial(save_autoencoder, trainer), scores)
     with ema_weights(trainer.ema, trainer.autoencoder.parameters()):
         run.finish(partial(save_model, trainer))
 

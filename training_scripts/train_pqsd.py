@@ -29,19 +29,12 @@ from diffusers_pq.training.arguments import (
     parse_args_with_recipe,
 )
 from diffusers_pq.training.autoencoders import downsampling_factor, load_autoencoder
-from diffusers_pq.training.data import (
-    CaptionedCrops,
-    Prompts,
-    build_train_loader,
-    change_data,
-    first_batches,
-    load_images,
-    usable_rows,
-)
+from diffusers_pq.training.data import CaptionedCrops, Prompts, load_images, usable_rows
 from diffusers_pq.training.denoising import ConditionalDenoiser, DenoiserTrainer, Stage, find_stage, save_lora
 from diffusers_pq.training.latent_cache import load_cached_codes
 from diffusers_pq.training.latents import encode_latents, scale_latents, set_latent_statistics
-from diffusers_pq.training.run import TrainingRun, create_accelerator, dry_run
+from diffusers_pq.training.loaders import build_train_loader, change_data, first_batches
+from diffusers_pq.training.run import TrainingRun, create_accelerator, dry_run, whole_module
 from diffusers_pq.training.uploads import BestModel
 from diffusers_pq.training.validation import DenoisingValidation, ema_weights
 
@@ -113,7 +106,10 @@ def parse_args(argv=None):
 
 def build_pipeline(args, run):
     """The pipeline that is trained; a resumed run takes the autoencoder that holds the latents' statistics."""
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, safety_checker=None)
+    source = args.pretrained_model_name_or_path
+    is_pq = DiffusionPipeline.load_config(source)["vae"][-1] == "PQModel"
+    source_class = StableDiffusionPQPipeline if is_pq else StableDiffusionPipeline
+    pipeline = source_class.from_pretrained(source, safety_checker=None)
     saved = Path(args.output_dir, "vae")
     if run.checkpoint is not None:
         vae = load_autoencoder(str(saved))
@@ -268,7 +264,7 @@ def validate(args, run, trainer, pipeline, validation):
         if validation is not None:
             scores = validation.evaluate(trainer.denoiser)
             run.log_scores(scores)
-            run.keep_if_best(partial(save_pipeline, args, pipeline), scores)
+            run.keep_if_best(partial(save_pipeline, args, trainer, pipeline), scores)
         if args.validation_prompts and run.accelerator.is_main_process:
             run.log_images(paint(args, pipeline), images_per_row=4)
 
@@ -283,13 +279,18 @@ def paint(args, pipeline):
     return (images * 255).round().to(torch.uint8).cpu()
 
 
-def save_pipeline(args, pipeline, folder):
+def save_pipeline(args, trainer, pipeline, folder):
     """The whole pipeline, or with `--lora_rank` what has been trained of it and the autoencoder."""
+    unet = whole_module(trainer.accelerator, trainer.denoiser, "unet")
+    text_encoder = whole_module(trainer.accelerator, trainer.denoiser, "text_encoder")
+    if not trainer.accelerator.is_main_process:
+        return
     if args.lora_rank:
-        save_lora(pipeline.unet, type(pipeline), folder)
+        save_lora(unet, type(pipeline), folder)
         pipeline.vae.save_pretrained(Path(folder, "vae"))
     else:
-        pipeline.save_pretrained(folder)
+        parts = pipeline.components | {"unet": unet, "text_encoder": text_encoder}
+        type(pipeline)(**parts, requires_safety_checker=False).save_pretrained(folder)
 
 
 def main(args):
@@ -340,7 +341,7 @@ def main(args):
         if run.is_due(args.validation_steps):
             validate(args, run, trainer, pipeline, validation)
     with ema_weights(trainer.ema, denoiser.learned_parameters()):
-        run.finish(partial(save_pipeline, args, pipeline))
+        run.finish(partial(save_pipeline, args, trainer, pipeline))
 
 
 if __name__ == "__main__":

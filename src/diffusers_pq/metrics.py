@@ -247,8 +247,8 @@ class CodebookUsage(Metric):
 
     def compute(self) -> dict[str, float]:
         """
-        `H_n` (entropy over log K) and `P_n` (perplexity over K), both in [0, 1], and `dead`, the share of entries that
-        were never used.
+        `H_n` (entropy over log K) and `P_n` (perplexity over K), both in [0, 1], and the share of entries that were
+        never used: `dead` in the mean, `dead_max` in the worst subspace.
 
         Raises:
             ValueError: if no code was counted.
@@ -258,10 +258,12 @@ class CodebookUsage(Metric):
         probabilities = self.counts.double() / self.counts.sum(1, keepdim=True)
         entropy = -torch.special.xlogy(probabilities, probabilities).sum(1)
         size = torch.tensor(self.counts.shape[1], dtype=torch.double)
+        dead = (self.counts == 0).double().mean(1)
         return {
             "H_n": float((entropy / size.log()).mean()),
             "P_n": float((entropy.exp() / size).mean()),
-            "dead": float((self.counts == 0).double().mean()),
+            "dead": float(dead.mean()),
+            "dead_max": float(dead.max()),
         }
 
 

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..models.autoencoder_pq import PQModel
-from .data import BadImageError, BadImages, Prompts
+from .data import BadImageError, Prompts
+from .loaders import BadImages
 
 
 _INDEX = "latents.json"

@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from diffusers.configuration_utils import ConfigMixin
 from huggingface_hub import ModelCard, ModelCardData
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
@@ -28,6 +29,7 @@ _DRY_RUN_STEPS = 3  # whose median time is taken
 def create_accelerator(args: argparse.Namespace, kwargs_handlers: list | None = None) -> Accelerator:
     """The accelerator of a run with the flags of `arguments.py`; also seeds all random generators and sets up logs."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # every request of the Hub's client
     accelerator = Accelerator(
         # Epochs follow each other without a gap, and so does accumulation.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -125,28 +127,50 @@ class TrainingRun:
                 tracker.log_images({"validation/pictures": grid}, step=self.step, **options)
 
     def keep_if_best(self, save: Callable[[Path], object], scores: dict[str, float]):
-        """Let a model whose score is the best yet be saved, and start its upload."""
-        if not self.accelerator.is_main_process or not self.best.offer(save, scores, self.step):
-            return
-        if self.uploads is not None:
+        """Let a model whose score is the best yet be saved, and start its upload; to be called by all processes."""
+        is_main = self.accelerator.is_main_process
+        if self.best.offer(save, scores, self.step, is_main) and self.uploads is not None:
             write_card(self.best.folder, self.args)
             self.uploads.start(self.best.folder, f"step {self.step}, the best yet")
 
     def finish(self, save: Callable[[Path], object]):
         """
-        Write the trained model, and upload it.
+        Write the trained model, and upload it. To be called by all processes.
 
         Args:
-            save: Writes the model into the folder it is given; called by the main process.
+            save: Writes the model into the folder it is given; called by all processes.
         """
         self.accelerator.wait_for_everyone()
+        folder = Path(self.args.output_dir)
+        save(folder)
         if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir)
-            save(folder)
             write_card(folder, self.args)
             if self.uploads is not None and not self.uploads.upload(folder, f"step {self.step}"):
                 logger.warning("Repeat it with `hf upload %s %s`.", self.uploads.repo_id, folder)
         self.accelerator.end_training()
+
+
+def whole_module(accelerator: Accelerator, prepared: nn.Module, name: str) -> nn.Module:
+    """
+    A part of a prepared model with all its weights: the part itself or, where FSDP has sharded it, a copy. To be
+    called by all processes; of a sharded model only the main process gets the weights.
+
+    Args:
+        accelerator (`Accelerator`)
+        prepared (`nn.Module`): What `accelerator.prepare` returned.
+        name (`str`): Of the part, an attribute of the model.
+    """
+    part = getattr(accelerator.unwrap_model(prepared), name)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return part
+    state = accelerator.get_state_dict(prepared)
+    is_diffusers = isinstance(part, ConfigMixin)
+    copy = type(part).from_config(part.config) if is_diffusers else type(part)(part.config)
+    if accelerator.is_main_process:
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        copy.load_state_dict(own)
+    return copy
 
 
 def write_card(folder: Path, args: argparse.Namespace):

@@ -116,8 +116,8 @@ class FiniteSteps:
         if not self.accelerator.sync_gradients:
             return
         # The same on all processes, since the gradients are; so all of them leave the step out.
-        norm = float(self.accelerator.clip_grad_norm_(parameters, self.max_norm))
-        finite = math.isfinite(norm)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.max_norm)
+        finite = norm is None or math.isfinite(norm)  # DeepSpeed looks after that itself, and gives none
         self.in_a_row = 0 if finite else self.in_a_row + 1
         self.skipped += not finite
         # Under fp16 the scaler leaves the step out itself, and must see it to lower its scale.
@@ -223,7 +223,7 @@ class AutoencoderTrainer:
 
     def codebook_use(self) -> dict[str, float]:
         """
-        H_n, P_n (Eq. 3) and dead entries of all codes since the last call, over all processes; to be called by all.
+        H_n, P_n (Eq. 3) and dead entries over all codes of all processes since the last call; to be called by all.
         """
         if self.usage is None or not self.usage.update_called:
             return {}

@@ -44,14 +44,17 @@ class BestModel:
             os.replace(_old(self.folder), self.folder)
         self.best = json.loads(scores.read_text())[metric] if scores.is_file() else None
 
-    def offer(self, save: Callable[[Path], object], scores: dict[str, float], step: int) -> bool:
+    def offer(
+        self, save: Callable[[Path], object], scores: dict[str, float], step: int, is_main_process: bool = True
+    ) -> bool:
         """
-        Keep a model if it beats the one that is kept.
+        Keep a model if it beats the one that is kept. To be called by all processes.
 
         Args:
-            save: Writes the model into the folder that it is given.
-            scores (`dict[str, float]`): Of the validation.
+            save: Writes the model into the folder that it is given; called by all processes.
+            scores (`dict[str, float]`): Of the validation, the same in all processes.
             step (`int`): Of the run.
+            is_main_process (`bool`): Only this one touches the folders.
 
         Returns:
             `bool`: Whether the model is kept.
@@ -61,9 +64,11 @@ class BestModel:
             return False
         unfinished = self.folder.with_name("unfinished-best")
         save(unfinished)
+        self.best = score
+        if not is_main_process:
+            return True
         (unfinished / "validation.json").write_text(json.dumps({"step": step} | scores, indent=2) + "\n")
         replace_folder(unfinished, self.folder)
-        self.best = score
         return True
 
 
