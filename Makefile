@@ -21,7 +21,7 @@ demo: install
 		--models PQ=model_cards/pqgan-mini-f8-pq VQ=model_cards/pqgan-mini-f8-vq KL=model_cards/pqgan-mini-f8-kl
 
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests
 
 quality: install
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@ import os
 
 # Tests never wait for a network: the models and data they use are built here.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of tests that run at the same time would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -63,16 +63,31 @@ def test_a_missing_recipe_is_named(parser, capsys):
     assert "--config nowhere.yaml" in capsys.readouterr().err
 
 
+TRAIN_PQSD = "training_scripts/train_pqsd.py"
+
+
+def parse_recipe(recipe, *needed):
+    script = runpy.run_path("training_scripts/train_pqgan.py" if "pqgan" in recipe.stem else TRAIN_PQSD)
+    return script["parse_args"](["--config", str(recipe), *needed])
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_fit_the_script(recipe, monkeypatch):
+def test_shipped_recipes_fit_their_scripts(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
-    script = runpy.run_path("training_scripts/train_pqgan.py")
-    needed = [] if recipe.stem != "pqgan-mini" else ["--model_config_name_or_path", "model_cards/pqgan-mini-f8-pq"]
-    args = script["parse_args"](["--config", str(recipe), *needed])
+    if recipe.stem == "pqgan-mini":
+        parse_recipe(recipe, "--model_config_name_or_path", "model_cards/pqgan-mini-f8-pq")
+    elif recipe.stem == "sd-mini":
+        parse_recipe(recipe, "--pretrained_model_name_or_path", "runs/sd-mini-untrained")
+    elif recipe.stem.startswith("pqsd"):
+        # Table 4: a million steps after the 20,000 of the convolutions
+        assert parse_recipe(recipe).max_train_steps == 1_020_000
+    else:
+        check_pqgan_recipe(recipe, parse_recipe(recipe))
+
+
+def check_pqgan_recipe(recipe, args):
     source = args.model_config_name_or_path
     assert source is None or Path(source).exists()
-    if "mini" in recipe.stem:
-        return
     # Table 4 and appendix A.1
     fine_tuning = recipe.stem.endswith("-768")
     expected = (768, 15, 200_000) if fine_tuning else (256, 20, 1_000_000)

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 
 from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.training.codebooks import DeadEntryReseeder, EMACodebooks, entry_counts, entry_sums
+from diffusers_pq.training.initialisation import kmeans_codebooks
 
 
 @pytest.fixture
@@ -146,3 +147,30 @@ def test_the_straight_through_gradient_is_a_copy():
     upstream = torch.randn(1, 6, 2, 2)
     (quantizer(latents).latents * upstream).sum().backward()
     assert torch.equal(latents.grad, upstream)
+
+
+def test_a_latent_that_is_not_finite_leaves_the_codebooks_alone(quantizer, accelerator):
+    ema = EMACodebooks(quantizer, accelerator)
+    before = quantizer.codebooks.clone()
+    latents = torch.randn(1, 6, 4, 4)
+    latents[0, 0, 0, 0] = float("nan")
+    ema.observe(latents, quantizer(latents).codes)
+    ema.step()
+    assert torch.equal(quantizer.codebooks, before)
+    ema.observe(latents[..., 1:, :], quantizer(latents[..., 1:, :]).codes)
+    ema.step()
+    assert quantizer.codebooks.isfinite().all() and not torch.equal(quantizer.codebooks, before)
+
+
+def test_nothing_is_reseeded_before_something_was_quantised(quantizer, accelerator):
+    reseeder = DeadEntryReseeder(quantizer, accelerator, every=1)
+    assert reseeder.step() is None and reseeder.steps == 0
+
+
+def test_kmeans_for_the_cosine_distance_finds_directions():
+    torch.manual_seed(0)
+    quantizer = ProductQuantizer(2, 1, 2, codebook_distance="cosine")
+    lengths = 0.1 + 10 * torch.rand(100)
+    directions = torch.nn.functional.one_hot(torch.arange(100) % 2).float()
+    kmeans_codebooks(quantizer, (lengths.unsqueeze(1) * directions).T.reshape(1, 2, 10, 10))
+    assert sorted(quantizer.entries[0].round().tolist()) == [[0.0, 1.0], [1.0, 0.0]]

@@ -25,7 +25,13 @@ from safetensors.torch import load_file
 
 from diffusers_pq import PatchDiscriminator, PQModel
 from diffusers_pq.training.autoencoders import ReconstructionModel, load_autoencoder
-from diffusers_pq.training.checkpoints import checkpoint_step, find_checkpoint, find_damage, list_checkpoints
+from diffusers_pq.training.checkpoints import (
+    checkpoint_step,
+    find_checkpoint,
+    find_damage,
+    list_checkpoints,
+    save_checkpoint,
+)
 from diffusers_pq.training.codebooks import EMACodebooks
 from diffusers_pq.training.initialisation import copy_matching_weights
 from diffusers_pq.training.losses import adaptive_weight, hinge_discriminator_loss, load_perceptual_loss
@@ -190,6 +196,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(workspace):
         (("--resolution", "30"), "must be a multiple of the downsampling factor F = 4"),
         (("--crops_per_image", "3"), "must be a multiple of --crops_per_image 3"),
         (("--resume_from_checkpoint", "checkpoint-9"), "checkpoint-9` does not exist"),
+        (("--validation_steps", "0"), "--validation_steps: must be at least 1, but is 0"),
+        (("--codebook_ema_decay", "2"), "--codebook_ema_decay 2.0 must lie between 0 and 1"),
     ],
 )
 def test_bad_arguments_are_named(workspace, extra, message, monkeypatch, capsys):
@@ -404,3 +412,11 @@ def test_a_sharded_model_is_saved_whole(model):
     assert all(torch.equal(value, state[f"autoencoder.{name}"]) for name, value in saved.state_dict().items())
     assert saved is not model and whole_module(ShardingAccelerator({}, False), sharded, "autoencoder") is not model
     assert whole_module(Accelerator(cpu=True), sharded, "autoencoder") is model
+
+
+def test_the_limit_on_checkpoints_spares_the_one_just_written(tmp_path):
+    (tmp_path / "checkpoint-6").mkdir()
+    accelerator = Accelerator(cpu=True)
+    for step in (3, 5):
+        save_checkpoint(accelerator, str(tmp_path), step, total_limit=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]

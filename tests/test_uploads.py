@@ -61,13 +61,13 @@ def test_a_failed_upload_is_a_warning_and_loses_nothing(tmp_path, monkeypatch, c
     for name in ("best", "checkpoint-5", "logs"):
         (folder / name).mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    target = HubUploads("me/model")
+    target = HubUploads("me/model", str(folder))
     with caplog.at_level(logging.WARNING):
         assert not target.upload(folder, "step 5")
     assert "The upload to me/model failed, nothing local is lost: the connection was cut" in caplog.text
     assert target.api.seen == ["best", "config.json"]
     assert (folder / "config.json").read_text() == "{}" and (folder / "checkpoint-5").is_dir()
-    assert [path.name for path in tmp_path.iterdir()] == ["run"], "the snapshot is gone"
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "checkpoint-5", "config.json", "logs"]
     target.start(folder, "step 6")
     target.start(folder, "step 7")
     assert caplog.text.count("nothing local is lost") == 2

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, broadcast
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
@@ -26,6 +26,7 @@ from diffusers_pq.training.arguments import (
     add_optimisation_arguments,
     add_run_arguments,
     parse_args_with_recipe,
+    positive,
 )
 from diffusers_pq.training.autoencoders import (
     ReconstructionModel,
@@ -43,7 +44,7 @@ from diffusers_pq.training.initialisation import (
 )
 from diffusers_pq.training.loaders import build_train_loader, first_batches
 from diffusers_pq.training.losses import load_perceptual_loss
-from diffusers_pq.training.run import TrainingRun, create_accelerator, dry_run, whole_module
+from diffusers_pq.training.run import TrainingRun, create_accelerator, dry_run
 from diffusers_pq.training.trainer import AutoencoderLoss, AutoencoderTrainer, LossWeights
 from diffusers_pq.training.uploads import BestModel
 from diffusers_pq.training.validation import ReconstructionValidation, ema_weights
@@ -90,7 +91,9 @@ def parse_args(argv=None):
         type=float,
         help="move the codebooks by running means with this decay, not by gradients",
     )
-    codebooks.add_argument("--reseed_dead_entries", type=int, help="every so many steps, move unused entries to data")
+    codebooks.add_argument(
+        "--reseed_dead_entries", type=positive, help="move unused entries to data after so many steps"
+    )
     codebooks.add_argument(
         "--gradient_estimator",
         choices=("straight_through", "rotation"),
@@ -99,7 +102,7 @@ def parse_args(argv=None):
     )
     data = add_data_arguments(parser)
     data.add_argument("--resolution", type=int, default=256)
-    data.add_argument("--crops_per_image", type=int, default=1, help="crops cut from each decoded picture")
+    data.add_argument("--crops_per_image", type=positive, default=1, help="crops cut from each decoded picture")
     optim = add_optimisation_arguments(parser)
     optim.add_argument("--train_batch_size", type=int, default=20, help="crops per process and step")
     optim.add_argument("--max_train_steps", type=int, default=1_000_000)
@@ -127,6 +130,8 @@ def parse_args(argv=None):
         parser.error("--weight_init pca starts afresh: it needs --model_config_name_or_path")
     if args.weight_init == "pca" and args.backbone_name_or_path:
         parser.error("--weight_init pca and --backbone_name_or_path exclude each other")
+    if args.codebook_ema_decay is not None and not 0 < args.codebook_ema_decay < 1:
+        parser.error(f"--codebook_ema_decay {args.codebook_ema_decay} must lie between 0 and 1, such as 0.99")
     if args.train_batch_size % args.crops_per_image:
         parser.error(
             f"--train_batch_size {args.train_batch_size} must be a multiple of "
@@ -235,6 +240,9 @@ def build_validation(args, accelerator, perceptual_loss):
         logger.warning("The dataset has no `validation` split: no validation.")
         return None
     rows = usable_rows(images, args.image_column, args.num_validation_images)
+    if not rows:
+        logger.warning("No picture of the `validation` split can be used: no validation.")
+        return None
     lpips = perceptual_loss or available_lpips()
     return ReconstructionValidation(
         accelerator, rows, args.image_column, args.resolution, args.train_batch_size, lpips
@@ -252,7 +260,7 @@ def build_trainer(args, accelerator, model, perceptual_loss):
     discriminator = build_discriminator(args)
     adversary = [discriminator, None, None]
     if discriminator is not None:
-        rate = args.discriminator_learning_rate or args.learning_rate
+        rate = args.learning_rate if args.discriminator_learning_rate is None else args.discriminator_learning_rate
         adversary = accelerator.prepare(discriminator, *optimiser(discriminator, rate))
     autoencoder = accelerator.unwrap_model(model).autoencoder
     quantizer = getattr(autoencoder, "quantizer", None)
@@ -289,8 +297,8 @@ def optimisation_step(trainer, batches, quantize):
 
 
 def save_autoencoder(trainer, folder):
-    autoencoder = whole_module(trainer.accelerator, trainer.model, "autoencoder")
-    autoencoder.save_pretrained(folder, is_main_process=trainer.accelerator.is_main_process)
+    if trainer.accelerator.is_main_process:
+        trainer.autoencoder.save_pretrained(folder)
 
 
 def save_model(trainer, folder):
@@ -299,8 +307,23 @@ def save_model(trainer, folder):
         trainer.accelerator.unwrap_model(trainer.discriminator).save_pretrained(folder / "discriminator")
 
 
+def check_accelerator(args, accelerator):
+    """Refuse what two models and the adaptive weight, a gradient of the decoder's last layer, do not allow."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"train_pqgan.py cannot run with {accelerator.distributed_type.value}, which would shard its models: "
+            "launch it with `--config_file training_scripts/accelerate_configs/ddp.yaml`."
+        )
+    if accelerator.mixed_precision == "fp16" and args.gradient_accumulation_steps > 1 and args.discriminator_weight:
+        raise ValueError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be combined with fp16 and a "
+            "discriminator, since one loss scale serves both optimisers: use `--mixed_precision bf16`, or 1 step."
+        )
+
+
 def main(args):
     accelerator = create_accelerator(args)
+    check_accelerator(args, accelerator)
     run = TrainingRun(args, accelerator, BestModel(args.output_dir, "psnr"))
     train_images = load_split(args, "train")
     if train_images is None:
@@ -321,6 +344,8 @@ def main(args):
         return
     validation = build_validation(args, accelerator, perceptual_loss)
     run.start()
+    if trainer.ema is not None:
+        trainer.ema.to(accelerator.device)  # a resumed average comes on the CPU
 
     kmeans_pending = args.codebook_init == "kmeans" and run.step <= args.quantize_from_step
     kmeans_pending = kmeans_pending and hasattr(trainer.autoencoder, "quantizer")

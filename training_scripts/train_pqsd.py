@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -192,12 +192,13 @@ def build_trainer(args, accelerator, pipeline):
         fused=True,
     )
     lr_scheduler = build_lr_scheduler(args, optimizer, accelerator.num_processes)
+    prepared = accelerator.prepare(denoiser, optimizer, lr_scheduler)
     ema = None
     if args.use_ema:
+        learned = accelerator.unwrap_model(prepared[0]).learned_parameters()
         ema = EMAModel(learned, decay=args.ema_decay, use_ema_warmup=True)
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
-    prepared = accelerator.prepare(denoiser, optimizer, lr_scheduler)
     limits = args.max_grad_norm, args.max_skipped_steps
     return DenoiserTrainer(accelerator, *prepared, pipeline.scheduler, args.snr_gamma, *limits, ema)
 
@@ -241,6 +242,9 @@ def build_validation(args, accelerator, pipeline):
         logger.warning("The dataset has no `validation` split: no validation loss.")
         return None
     rows = usable_rows(images, args.image_column, args.num_validation_images)
+    if not rows:
+        logger.warning("No picture of the `validation` split can be used: no validation loss.")
+        return None
     prompts = Prompts(args.caption_column, pipeline.tokenizer)
     crops = CaptionedCrops(args.image_column, args.stages[-1].resolution, prompts, center_crop=True, min_image_side=1)
     return DenoisingValidation(accelerator, rows, crops, pipeline.vae, pipeline.scheduler, args.train_batch_size)
@@ -250,8 +254,8 @@ def optimisation_step(trainer, pipeline, batches):
     """Batches until an optimisation step is complete; returns its logs."""
     while True:
         batch = next(batches)
-        with trainer.accelerator.autocast():
-            latents = scale_latents(pipeline.vae, latents_of(pipeline.vae, batch))
+        # Not in mixed precision: the latents are those that `encode_dataset.py` writes.
+        latents = scale_latents(pipeline.vae, latents_of(pipeline.vae, batch))
         logs = trainer.step(latents, batch["input_ids"].to(latents.device))
         if logs is not None:
             return logs
@@ -299,6 +303,10 @@ def main(args):
         # Frozen parameters get no gradient in a stage that trains the first and last convolution only.
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     accelerator = create_accelerator(args, handlers)
+    if accelerator.distributed_type == DistributedType.FSDP and (args.lora_rank or args.validation_prompts):
+        raise ValueError(
+            "--lora_rank and --validation_prompts need a whole UNet in each process: launch without FSDP."
+        )
     run = TrainingRun(args, accelerator, BestModel(args.output_dir, "loss", lower_is_better=True))
     pipeline = build_pipeline(args, run)
     pipeline.vae.to(accelerator.device)
@@ -306,7 +314,8 @@ def main(args):
         measure_statistics(args, pipeline)
     trainer = build_trainer(args, accelerator, pipeline)
     denoiser = accelerator.unwrap_model(trainer.denoiser)
-    stage = find_stage(args.stages, run.step)
+    # A dry run measures the last stage, which takes the most time and memory.
+    stage = args.stages[-1] if args.dry_run else find_stage(args.stages, run.step)
     denoiser.train_only(stage.trained)
     loader = build_loader(args, accelerator, load_training_data(args, pipeline, stage.resolution), run.step)
     if args.dry_run:
@@ -316,8 +325,10 @@ def main(args):
         return
     validation = build_validation(args, accelerator, pipeline)
     run.start()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and run.checkpoint is None:
         pipeline.vae.save_pretrained(Path(args.output_dir, "vae"))
+    if trainer.ema is not None:
+        trainer.ema.to(accelerator.device)  # a resumed average comes on the CPU
 
     batches = iter(loader)
     while not run.is_finished:

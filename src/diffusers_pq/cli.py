@@ -129,7 +129,8 @@ def _convert(args):
 
 
 def _compress(args):
-    from .compression import compress_picture, decompress_picture, write_bytes
+    from .compression import compress_picture, decompress_picture
+    from .files import replacing
     from .images import load_image, to_tensor, to_uint8
     from .metrics import psnr
     from .training.autoencoders import load_autoencoder
@@ -138,7 +139,8 @@ def _compress(args):
     model = load_autoencoder(args.model).to(args.device)
     data = compress_picture(model, picture)
     pair = (to_uint8(to_tensor(image))[None] for image in (decompress_picture(model, data), picture))
-    write_bytes(args.output, data)
+    with replacing(args.output) as unfinished:
+        unfinished.write_bytes(data)
     bits = 8 * len(data) / (picture.width * picture.height)
     print(f"{args.output}: bits_per_pixel {bits:.4g}, psnr {psnr(*pair).item():.4g}")
 

@@ -19,10 +19,8 @@ A file is, with integers in little-endian order:
 """
 
 import hashlib
-import os
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -130,18 +128,6 @@ def unpack_codes(model: PQModel, data: bytes) -> tuple[torch.LongTensor, tuple[i
         pixel[:] = decoder.decode(_DISTRIBUTIONS, weights)
         _count(weights, pixel)
     return torch.from_numpy(codes).T.reshape(1, subspaces, rows, columns), (width, height)
-
-
-def write_bytes(path: str | os.PathLike, data: bytes):
-    """Write a file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        unfinished.write_bytes(data)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _start_weights(model: PQModel) -> np.ndarray:

@@ -27,6 +27,7 @@ from torchmetrics import MetricCollection
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from tqdm.auto import tqdm
 
+from .files import replacing
 from .images import to_rgb, to_tensor, to_uint8
 from .metrics import METRICS, CodebookUsage, bits_per_pixel, load_metrics
 from .models.autoencoder_pq import PQModel
@@ -512,6 +513,5 @@ def _cell(row: dict, name: str, spec: str) -> str:
 
 
 def _write(path: Path, text: str):
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

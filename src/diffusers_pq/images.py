@@ -1,13 +1,14 @@
 """Pictures in and out: any size and mode to RGB tensors in [-1, 1] and back."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
 import torch.nn.functional as F
+
+from .files import replacing
 
 
 def load_image(path: str | os.PathLike) -> PIL.Image.Image:
@@ -62,11 +63,5 @@ def pad_to_multiple(images: torch.Tensor, factor: int) -> torch.Tensor:
 
 def save_image(picture: PIL.Image.Image, path: str | os.PathLike):
     """Write a picture whole or not at all; the format follows the file name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
+    with replacing(path) as unfinished:
         picture.save(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

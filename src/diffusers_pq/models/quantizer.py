@@ -144,7 +144,7 @@ class ProductQuantizer(nn.Module):
             z_q = self.split(self._lookup(codes).float())
             # Eq. 1: |z_e - sg(z_q)|^2 + beta |sg(z_e) - z_q|^2
             loss = F.mse_loss(z_e, z_q.detach()) + self.commitment_beta * F.mse_loss(z_q, z_e.detach())
-            carrier = z_e if self.gradient_estimator == "straight_through" else _rotated(z_e, z_q.detach())
+            carrier = _rotated(z_e, z_q.detach()) if self.gradient_estimator == "rotation" else z_e
             # The difference is exactly zero, so in float32 the value is the codebook entry itself.
             z_q = (z_q.detach() + (carrier - carrier.detach())).reshape(latents.shape)
         return ProductQuantizerOutput(latents=z_q.to(latents.dtype), codes=codes, loss=loss)

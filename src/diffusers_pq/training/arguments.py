@@ -6,6 +6,14 @@ from pathlib import Path
 import yaml
 
 
+def positive(text: str) -> int:
+    """The type of flags that count something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but is {value}")
+    return value
+
+
 def add_data_arguments(parser: argparse.ArgumentParser):
     """Flags of [`load_images`] and [`build_train_loader`]."""
     data = parser.add_argument_group("data")
@@ -20,7 +28,7 @@ def add_data_arguments(parser: argparse.ArgumentParser):
         default=False,
         help="read the dataset while training instead of downloading it first",
     )
-    data.add_argument("--shuffle_buffer", type=int, default=1000, help="pictures of a stream shuffled with each other")
+    data.add_argument("--shuffle_buffer", type=positive, default=1000, help="pictures of a stream shuffled together")
     data.add_argument("--on_bad_image", choices=("skip", "raise"), default="skip")
     data.add_argument(
         "--min_image_side",
@@ -35,13 +43,13 @@ def add_data_arguments(parser: argparse.ArgumentParser):
 def add_optimisation_arguments(parser: argparse.ArgumentParser):
     """Flags of the optimiser, precision and accumulation, without those whose defaults differ between the scripts."""
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    optim.add_argument("--gradient_accumulation_steps", type=positive, default=1)
     optim.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
     optim.add_argument("--lr_scheduler", default="constant")
     optim.add_argument("--lr_warmup_steps", type=int, default=0)
     optim.add_argument(
         "--max_skipped_steps",
-        type=int,
+        type=positive,
         default=10,
         help="steps without a finite gradient are left out; so many in a row end the run",
     )
@@ -67,12 +75,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str, steps: i
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", default=output_dir)
     run.add_argument("--logging_dir", default="logs")
-    run.add_argument("--logging_steps", type=int, default=10, help="reading the losses makes the device wait")
+    run.add_argument("--logging_steps", type=positive, default=10, help="steps between two lines of the log")
     run.add_argument("--report_to", default="tensorboard")
-    run.add_argument("--checkpointing_steps", type=int, default=steps)
+    run.add_argument("--checkpointing_steps", type=positive, default=steps)
     run.add_argument("--checkpoints_total_limit", type=int)
     run.add_argument("--resume_from_checkpoint", help='"latest", a checkpoint, or "none"')
-    run.add_argument("--validation_steps", type=int, default=steps)
+    run.add_argument("--validation_steps", type=positive, default=steps)
     run.add_argument("--push_to_hub", action=argparse.BooleanOptionalAction, default=False)
     run.add_argument("--hub_model_id")
     run.add_argument("--hub_token")

@@ -42,8 +42,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, total_
     _write_manifest(unfinished)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(unfinished, final)
-    for old in list_checkpoints(output_dir)[:-total_limit] if total_limit else []:
-        shutil.rmtree(old)
+    older = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) <= step]
+    for path in older[:-total_limit] if total_limit else []:
+        shutil.rmtree(path)
 
 
 def find_damage(checkpoint: Path) -> str | None:

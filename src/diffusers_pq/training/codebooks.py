@@ -57,17 +57,22 @@ class EMACodebooks:
 
     @torch.no_grad()
     def step(self):
-        """Move the codebooks; an entry that has not been named for thousands of steps stays where it is."""
+        """
+        Move the codebooks, unless a latent was not finite. An entry that has not been named for thousands of steps
+        stays where it is.
+        """
         sums = self.accelerator.reduce(self._new_sums)
         counts = self.accelerator.reduce(self._new_counts)
+        self._new_sums.zero_()
+        self._new_counts.zero_()
+        if not sums.isfinite().all():
+            return
         self.sums.lerp_(sums, 1 - self.decay)
         self.counts.lerp_(counts, 1 - self.decay)
         # Both decay alike, so the mean of an unnamed entry stays the same until its count vanishes.
         moves = (self.counts > 1e-9).unsqueeze(-1)
         means = self.sums / self.counts.clamp(min=1e-9).unsqueeze(-1)
         self.quantizer.codebooks.copy_(torch.where(moves, means, self.quantizer.codebooks))
-        self._new_sums.zero_()
-        self._new_counts.zero_()
 
     def state_dict(self) -> dict:
         return {"sums": self.sums, "counts": self.counts}
@@ -103,7 +108,9 @@ class DeadEntryReseeder:
 
     @torch.no_grad()
     def step(self) -> torch.Tensor | None:
-        """Count a step, and reseed if it is time: then returns the reseeded entries, as a boolean `[S, K]`."""
+        """Count a step with codes, and reseed if it is time: then returns the reseeded entries, a boolean `[S, K]`."""
+        if self._latents is None:  # nothing has been quantised yet
+            return None
         self.steps += 1
         if self.steps % self.every:
             return None

@@ -80,6 +80,8 @@ def decode_image(value: dict, min_side: int = 1) -> PIL.Image.Image:
     name = value.get("path") or "a picture"
     try:
         picture = to_rgb(datasets.Image().decode_example(value))
+    except (ConnectionError, TimeoutError, PermissionError):  # says nothing about the picture
+        raise
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise BadImageError(f"{name} cannot be read: {error}") from error
     if min(picture.size) < min_side:
@@ -136,7 +138,7 @@ class Prompts:
 
     def __call__(self, row: dict, generator: random.Random) -> torch.LongTensor:
         caption = row[self.caption_column]
-        caption = generator.choice(caption) if isinstance(caption, list) else caption or ""
+        caption = generator.choice(caption or [""]) if isinstance(caption, list) else caption or ""
         if generator.random() < self.proportion_empty_prompts:
             caption = ""
         length = self.tokenizer.model_max_length

@@ -248,7 +248,7 @@ def kmeans_codebooks(quantizer: ProductQuantizer, latents: torch.Tensor, iterati
         ValueError: if there are fewer latent pixels than codebook entries.
     """
     # [S, N, d/S], and [1, S, d/S, N] for the search
-    vectors = quantizer.split(latents.float()).permute(1, 0, 3, 2).flatten(1, 2)
+    vectors = quantizer.sub_vectors(latents).permute(1, 0, 3, 2).flatten(1, 2)
     columns = vectors.transpose(1, 2)[None].contiguous()
     subspaces, count, dimension = vectors.shape
     size = quantizer.codebook_size

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..files import replacing
 from ..models.autoencoder_pq import PQModel
 from .data import BadImageError, Prompts
 from .loaders import BadImages
@@ -72,10 +73,12 @@ def encode_dataset(
         `dict[str, int]`: Shards `written` by this process and pictures it `skipped` because they were bad.
 
     Raises:
-        ValueError: if the folder holds the codes of another model or resolution, or of other rows.
+        ValueError: if the folder holds codes of another model, of other crops, or of another number of rows.
     """
     folder = Path(output_dir) / str(transform.resolution)
     index = _index(vae, transform.resolution) | {"rows": len(dataset), "rows_per_shard": rows_per_shard}
+    index |= {"center_crop": transform.center_crop, "random_flip": transform.random_flip}
+    index |= {"min_image_side": transform.min_image_side, "caption_column": caption_column}
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         _write_index(folder / _INDEX, index)
@@ -88,24 +91,30 @@ def encode_dataset(
             continue
         rows = dataset.select(range(starts[number], min(starts[number] + rows_per_shard, len(dataset))))
         shard = _encode_shard(vae, rows, starts[number], transform, caption_column, batch_size, bad_images)
-        unfinished = path.with_name(f".unfinished-{path.name}")
-        shard.to_parquet(unfinished)
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            shard.to_parquet(unfinished)
         written += 1
     return {"written": written, "skipped": int(bad_images.counts.sum())}
 
 
 def _encode_shard(vae, rows, first, transform, caption_column, batch_size, bad_images) -> datasets.Dataset:
     pictures, captions, packed = [], [], []
+
+    def encode_pictures():
+        batch = torch.stack(pictures).to(vae.device, vae.dtype)
+        packed.extend(pack_codes(codes, vae.config.codebook_size) for codes in vae.encode_codes(batch))
+        pictures.clear()
+
     for number, row in enumerate(rows, first):
         try:
             pictures.append(transform.pixel_values(row, random.Random(number)))
             captions.append(row[caption_column])
         except BadImageError as error:
             bad_images.handle(error)
-    for start in range(0, len(pictures), batch_size):
-        batch = torch.stack(pictures[start : start + batch_size]).to(vae.device, vae.dtype)
-        packed += [pack_codes(codes, vae.config.codebook_size) for codes in vae.encode_codes(batch)]
+        if len(pictures) == batch_size:
+            encode_pictures()
+    if pictures:
+        encode_pictures()
     features = datasets.Features({"codes": datasets.Value("binary"), caption_column: rows.features[caption_column]})
     return datasets.Dataset.from_dict({"codes": packed, caption_column: captions}, features=features)
 
@@ -166,9 +175,8 @@ def _index(vae: PQModel, resolution: int) -> dict:
 def _write_index(path: Path, index: dict):
     if path.is_file():
         _check_index(index, json.loads(path.read_text()), path.parent)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    unfinished.write_text(json.dumps(index, indent=2) + "\n")
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _check_index(expected: dict, found: dict, folder: Path):

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # What reading a damaged shard raises, with parquet files and tars respectively.
 _SHARD_ERRORS = (OSError, EOFError, pyarrow.ArrowException, tarfile.TarError)
+# Of these the operating system's that say nothing about the file.
+_NOT_DAMAGE = (ConnectionError, TimeoutError, PermissionError)
 _NO_IMAGES = "The dataset has no picture that can be used: all are damaged or smaller than `--min_image_side`."
 
 
@@ -178,7 +180,7 @@ class SeededStream(IterableDataset):
 
     def __iter__(self) -> Iterator:
         reader, _ = self._readers()
-        found = self._position["used"] > 0
+        found = self._position != {"epoch": self._position["epoch"], "shard": 0, "row": 0, "used": 0}
         while True:
             epoch = self._position["epoch"]
             rows = self._rows(epoch, self._position["shard"], self._position["row"])
@@ -197,6 +199,7 @@ class SeededStream(IterableDataset):
                 self._position = {"epoch": epoch, "shard": end[0], "row": end[1] + 1, "used": 0}
             if not found:
                 raise ValueError(_NO_IMAGES)
+            found = False
             self._position = {"epoch": epoch + 1, "shard": 0, "row": 0, "used": 0}
 
     def _readers(self) -> tuple[int, int]:
@@ -226,6 +229,8 @@ class SeededStream(IterableDataset):
                 number, batch = next(batches)
             except StopIteration:
                 return
+            except _NOT_DAMAGE:
+                raise
             except _SHARD_ERRORS as error:
                 self.bad_images.handle(BadImageError(f"what is left of shard {name} of the dataset: {error}"))
                 return

@@ -10,7 +10,13 @@ import torch
 import torch.nn as nn
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers.configuration_utils import ConfigMixin
 from huggingface_hub import ModelCard, ModelCardData
 from torchvision.utils import make_grid
@@ -45,6 +51,8 @@ def create_accelerator(args: argparse.Namespace, kwargs_handlers: list | None = 
     if accelerator.state.deepspeed_plugin is not None:  # which cannot see the batch size of a loader of our own
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
     set_seed(args.seed)
     return accelerator
 
@@ -67,12 +75,14 @@ class TrainingRun:
         self.args = args
         self.accelerator = accelerator
         self.best = best
-        self.checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        self.checkpoint = _decide(accelerator, lambda: find_checkpoint(args.output_dir, args.resume_from_checkpoint))
         self.step = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
         self.uploads = None
 
     def start(self):
         """Load the checkpoint, once everything is prepared, and open the logs."""
+        # Noise and timesteps differ between the processes; a checkpoint holds the state of each.
+        set_seed(self.args.seed, device_specific=True)
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
             logger.info("Resumed from %s", self.checkpoint)
@@ -87,7 +97,7 @@ class TrainingRun:
         self.accelerator.init_trackers("diffusers_pq")
         if self.args.push_to_hub:
             repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
-            self.uploads = HubUploads(repo_id, self.args.hub_token)
+            self.uploads = HubUploads(repo_id, self.args.output_dir, self.args.hub_token)
 
     @property
     def is_finished(self) -> bool:
@@ -120,6 +130,8 @@ class TrainingRun:
 
     def log_images(self, images: torch.Tensor, images_per_row: int):
         """Log a grid of uint8 pictures `[N, 3, H, W]`."""
+        if not self.accelerator.is_main_process:
+            return
         grid = make_grid(images, nrow=images_per_row).permute(1, 2, 0)[None].cpu().numpy()
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
@@ -148,6 +160,20 @@ class TrainingRun:
             if self.uploads is not None and not self.uploads.upload(folder, f"step {self.step}"):
                 logger.warning("Repeat it with `hf upload %s %s`.", self.uploads.repo_id, folder)
         self.accelerator.end_training()
+
+
+def _decide(accelerator: Accelerator, function: Callable):
+    """What a function returns on the main process, or raises there, on all."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except (OSError, ValueError) as error:
+            outcome[1] = error
+    value, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return value
 
 
 def whole_module(accelerator: Accelerator, prepared: nn.Module, name: str) -> nn.Module:

@@ -217,7 +217,7 @@ class AutoencoderTrainer:
         if not self.accelerator.sync_gradients:
             return None
         self._step_codebooks()
-        if self.ema is not None:
+        if self.ema is not None and self.is_healthy:
             self.ema.step(self.autoencoder.parameters())
         return logs | {"psnr": psnr(to_uint8(output.sample.detach()), to_uint8(images)).mean()}
 
@@ -248,7 +248,8 @@ class AutoencoderTrainer:
         return loss.detach()
 
     def _observe(self, output: Reconstruction):
-        if output.codes is None:
+        # Codes and latents of a step without finite gradients are worth nothing; all processes see the same gradients.
+        if output.codes is None or self.steps.in_a_row:
             return
         self.usage.update(output.codes)
         for remedy in (self.ema_codebooks, self.reseeder):
@@ -256,6 +257,8 @@ class AutoencoderTrainer:
                 remedy.observe(output.latents, output.codes)
 
     def _step_codebooks(self):
+        if self.steps.in_a_row:
+            return
         if self.ema_codebooks is not None:
             self.ema_codebooks.step()
         reseeded = None if self.reseeder is None else self.reseeder.step()

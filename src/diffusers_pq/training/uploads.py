@@ -72,6 +72,10 @@ class BestModel:
         return True
 
 
+# Checkpoints, logs, and what a killed run has left behind.
+_NOT_UPLOADED = ("checkpoint-*", "unfinished-*", "old-*", "upload-*", "logs")
+
+
 class HubUploads:
     """
     Uploads folders to one repository of the Hub while training goes on. A failed upload is a warning, never the end of
@@ -79,6 +83,7 @@ class HubUploads:
 
     Args:
         repo_id (`str`): Created if it does not exist.
+        output_dir (`str`): Of the run, for the snapshots that are being uploaded.
         token (`str`, *optional*): Default: the one that `hf auth login` has stored.
 
     Raises:
@@ -86,9 +91,10 @@ class HubUploads:
             once, so that a wrong name or token shows before the training.
     """
 
-    def __init__(self, repo_id: str, token: str | None = None):
+    def __init__(self, repo_id: str, output_dir: str, token: str | None = None):
         self.api = HfApi(token=token)
         self.repo_id = self.api.create_repo(repo_id, exist_ok=True).repo_id
+        self.output_dir = output_dir
         self._running: Future | None = None
         self._snapshot: tempfile.TemporaryDirectory | None = None
 
@@ -99,9 +105,9 @@ class HubUploads:
             return
         self._finish()
         # Links instead of copies: the folder may be replaced during the upload without harm to these files.
-        self._snapshot = tempfile.TemporaryDirectory(dir=folder.parent, prefix="upload-")
+        self._snapshot = tempfile.TemporaryDirectory(dir=self.output_dir, prefix="upload-")
         copy = Path(self._snapshot.name) / folder.name
-        shutil.copytree(folder, copy, copy_function=_link, ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+        shutil.copytree(folder, copy, copy_function=_link, ignore=shutil.ignore_patterns(*_NOT_UPLOADED))
         self._running = self.api.upload_folder(
             repo_id=self.repo_id, folder_path=copy, commit_message=message, run_as_future=True
         )

@@ -128,8 +128,7 @@ class DenoisingValidation:
         denoiser.eval()
         remaining = self.count
         for batch in self.loader:
-            with self.accelerator.autocast():
-                latents = scale_latents(self.vae, encode_latents(self.vae, batch["pixel_values"]))
+            latents = scale_latents(self.vae, encode_latents(self.vae, batch["pixel_values"]))
             tokens = batch["input_ids"].to(device)
             losses = denoising_loss(denoiser, self.scheduler, latents, tokens, generator=generator)
             mean.update(losses[:remaining])
