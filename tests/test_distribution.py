@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_pq import PQModel
 from diffusers_pq.training.autoencoders import ReconstructionModel
+from diffusers_pq.training.codebooks import EMACodebooks
 from diffusers_pq.training.data import load_images, usable_rows
 from diffusers_pq.training.trainer import AutoencoderLoss, LossWeights
 from diffusers_pq.training.validation import ReconstructionValidation
 
 
-def gradients(accelerator):
-    """Of the loss on this process's share of four pictures."""
+def learn(accelerator):
+    """The gradients of the loss on this process's share of four pictures, and the codebooks after a step of means."""
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     share = images.chunk(accelerator.num_processes)[accelerator.process_index]
     torch.manual_seed(0)
@@ -29,7 +30,14 @@ def gradients(accelerator):
     loss = AutoencoderLoss(LossWeights(perceptual=0, discriminator=0), None, None, accelerator)
     value, _ = loss.generator(model, share, model(share))
     accelerator.backward(value)
-    return {name: parameter.grad for name, parameter in accelerator.unwrap_model(model).named_parameters()}
+    bare = accelerator.unwrap_model(model)
+    learned = {name: parameter.grad for name, parameter in bare.named_parameters()}
+    quantizer = bare.autoencoder.quantizer
+    remedy = EMACodebooks(quantizer, accelerator, decay=0.5)
+    latents = bare.autoencoder.encode(share).latents
+    remedy.observe(latents, quantizer(latents).codes)
+    remedy.step()
+    return learned | {"moved codebooks": quantizer.codebooks.detach()}
 
 
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -44,16 +52,16 @@ def launch(*command, **environment):
     result.check_returncode()
 
 
-def test_two_processes_have_the_gradients_of_one_with_twice_the_batch(tmp_path):
+def test_two_processes_have_the_gradients_and_codebooks_of_one_with_twice_the_batch(tmp_path):
     output = tmp_path / "two.safetensors"
     launch(__file__, output, PYTHONPATH=str(Path(__file__).parent))
     shared = load_file(output)
     assert shared.pop("processes") == 2
-    alone = gradients(Accelerator(cpu=True))
+    alone = learn(Accelerator(cpu=True))
     assert alone.keys() == shared.keys()
-    for name, gradient in alone.items():
-        torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-    assert any(gradient.any() for gradient in alone.values())
+    for name, value in alone.items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(value.any() for name, value in alone.items() if "codebooks" in name)
 
 
 def test_two_processes_stream_validate_and_resume_exactly(tmp_path):
@@ -84,7 +92,7 @@ def test_two_processes_stream_validate_and_resume_exactly(tmp_path):
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    found = gradients(accelerator)
+    found = learn(accelerator)
     if accelerator.is_main_process:
         save_file(found | {"processes": torch.tensor(accelerator.num_processes)}, sys.argv[1])
     accelerator.end_training()

@@ -117,7 +117,7 @@ def test_skipped_pictures_are_counted_in_the_log(workspace):
 
 
 def test_trains_a_kl_autoencoder(workspace):
-    run(workspace, "out", "--discriminator_weight", "0", model="kl")
+    run(workspace, "out", "--discriminator_weight", "0", "--compile", model="kl")
     assert isinstance(load_autoencoder(str(workspace / "out")), AutoencoderKL)
 
 
@@ -229,6 +229,8 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms():
     layer = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     weight = adaptive_weight((layer * torch.tensor([3.0, 4.0])).sum(), (layer * torch.tensor([0.0, 0.5])).sum(), layer)
     assert float(weight) == pytest.approx(5 / 0.5001)
+    losses = (layer * torch.tensor([3.0, 4.0])).sum(), (layer * torch.tensor([0.0, 0.5])).sum()
+    assert float(adaptive_weight(*losses, layer, scale=65536.0)) == pytest.approx(5 / 0.5001)
     assert not weight.requires_grad
     unbounded = adaptive_weight((layer * 1e6).sum(), (layer * 0).sum(), layer)
     assert float(unbounded) == 1e4

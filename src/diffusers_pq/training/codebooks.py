@@ -125,8 +125,9 @@ class DeadEntryReseeder:
         return dead
 
     def state_dict(self) -> dict:
-        return {"counts": self.counts, "steps": self.steps}
+        """To be called by all processes, each of which has counted its own codes."""
+        return {"counts": self.accelerator.reduce(self.counts), "steps": self.steps}
 
     def load_state_dict(self, state: dict):
-        self.counts.copy_(state["counts"])
+        self.counts.copy_(state["counts"] if self.accelerator.is_main_process else torch.zeros_like(self.counts))
         self.steps = state["steps"]

@@ -27,13 +27,15 @@ def hinge_discriminator_loss(logits_real: torch.Tensor, logits_fake: torch.Tenso
 
 
 def adaptive_weight(
-    reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor, last_layer: nn.Parameter
+    reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor, last_layer: nn.Parameter, scale: float = 1.0
 ) -> torch.Tensor:
     """
     VQGAN's adaptive weight of the adversarial term: the ratio of the two losses' gradient norms at the decoder's last
-    layer, at most 1e4.
+    layer, at most 1e4. With float16 gradients both losses are multiplied by `scale` meanwhile.
     """
-    (reconstruction_grad,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    (generator_grad,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    ratio = reconstruction_grad.norm() / (generator_grad.norm() + 1e-4)
+    reconstruction_norm, generator_norm = (
+        torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].norm() / scale
+        for loss in (reconstruction_loss, generator_loss)
+    )
+    ratio = reconstruction_norm / (generator_norm + 1e-4)
     return ratio.clamp(0.0, 1e4).detach()

@@ -63,9 +63,8 @@ class AutoencoderLoss:
         if self.discriminator is not None:
             adversarial = -self._frozen_discriminator(sample).mean()
             last_layer = self.accelerator.unwrap_model(model).autoencoder.decoder.conv_out.weight
-            # Scaled alike, which leaves their ratio, so that the gradients do not underflow in float16.
             scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-            ratio = adaptive_weight(scale * reconstruction, scale * adversarial, last_layer)
+            ratio = adaptive_weight(reconstruction, adversarial, last_layer, scale)
             weight = self.weights.discriminator * ratio
             loss = loss + weight * adversarial
             parts |= {"adversarial_loss": adversarial.detach(), "adversarial_weight": weight}
