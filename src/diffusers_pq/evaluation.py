@@ -4,7 +4,6 @@ dataset, on many processes, resumable.
 """
 
 import datetime
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -32,7 +31,7 @@ from .images import to_rgb, to_tensor, to_uint8
 from .metrics import METRICS, CodebookUsage, bits_per_pixel, load_metrics
 from .models.autoencoder_pq import PQModel
 from .profiling import describe_machine
-from .training.autoencoders import AUTOENCODERS, load_autoencoder
+from .training.autoencoders import AUTOENCODERS, load_autoencoder, weights_digest
 
 
 RESULTS_FILE = "results.json"
@@ -180,15 +179,6 @@ def load_for_evaluation(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.
     if info["missing_keys"]:
         raise ValueError(f"The weights of {pretrained_model_name_or_path} lack {info['missing_keys']}.")
     return model.eval()
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's weights, which says whether two models are the same wherever they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 
 import diffusers_pq
 
+from .training.autoencoders import load_whole_model
+
 
 logger = logging.getLogger(__name__)
 
@@ -140,16 +142,7 @@ def _load_pipeline(folder: Path):
 
 
 def _load_model(folder: Path) -> diffusers.ModelMixin:
-    # Only safetensors: a pickle could run code.
-    model, info = _named_class(folder / "config.json").from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True
-    )
-    if info["missing_keys"] or info["unexpected_keys"]:
-        raise ValueError(
-            f"The weights in {folder} do not fit its config.json: missing {info['missing_keys']}, unexpected "
-            f"{info['unexpected_keys']}."
-        )
-    return model
+    return load_whole_model(_named_class(folder / "config.json"), folder)
 
 
 def _named_class(config_file: Path) -> type:

@@ -22,6 +22,8 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchvision.models import get_model_weights
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from .models.quantizer import bits_per_code
+
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def bits_per_pixel(stored: torch.Tensor, images: torch.Tensor, codebook_size: in
         images (`torch.Tensor` of shape `(B, 3, H, W)`): The pictures they stand for.
         codebook_size (`int`, *optional*): K of the codes; `None` for continuous latents.
     """
-    bits = 16 if codebook_size is None else (codebook_size - 1).bit_length()
+    bits = 16 if codebook_size is None else bits_per_code(codebook_size)
     return bits * stored.numel() / images[:, 0].numel()
 
 

@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .quantizer import ProductQuantizer, ProductQuantizerOutput
+from .quantizer import ProductQuantizer, ProductQuantizerOutput, bits_per_code
 from .tiling import blend_tiles
 
 
@@ -162,8 +162,7 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     @property
     def bits_per_pixel(self) -> float:
         """Size of the codes of a picture, S ceil(log2 K) / F^2, in bits per image pixel."""
-        bits_per_code = (self.config.codebook_size - 1).bit_length()
-        return self.config.num_subspaces * bits_per_code / self.downsampling_factor**2
+        return self.config.num_subspaces * bits_per_code(self.config.codebook_size) / self.downsampling_factor**2
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> PQEncoderOutput | tuple[torch.Tensor]:

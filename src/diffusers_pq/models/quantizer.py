@@ -180,6 +180,11 @@ class ProductQuantizer(nn.Module):
             )
 
 
+def bits_per_code(codebook_size: int) -> int:
+    """Whole bits that a code takes: ceil(log2 K)."""
+    return (codebook_size - 1).bit_length()
+
+
 def _rotated(z_e: torch.Tensor, z_q: torch.Tensor) -> torch.Tensor:
     """z_e `[B, S, d/S, P]` times the constant rotation and scale that take each sub-vector to its entry in z_q."""
     constant = z_e.detach()

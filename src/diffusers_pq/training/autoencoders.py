@@ -1,6 +1,8 @@
 """One view on the autoencoders that the trainer and the evaluation handle: `PQModel` and `AutoencoderKL`."""
 
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +54,14 @@ def load_autoencoder(path_or_repo: str, **hub_kwargs) -> nn.Module:
         OSError: if there is no such model, or its weights file is damaged or no safetensors file.
         ValueError: if the class is unknown or the weights do not fit the config.
     """
-    model_class = autoencoder_class(path_or_repo, **hub_kwargs)
-    # Only safetensors: a pickle could run code.
+    return load_whole_model(autoencoder_class(path_or_repo, **hub_kwargs), path_or_repo, **hub_kwargs).eval()
+
+
+def load_whole_model(model_class: type, path_or_repo: str | os.PathLike, **hub_kwargs) -> nn.Module:
+    """
+    `from_pretrained` of a diffusers model that refuses what diffusers lets pass: pickles, which could run code, and
+    weights that are missing or left over, with a `ValueError`.
+    """
     model, info = model_class.from_pretrained(
         path_or_repo, use_safetensors=True, output_loading_info=True, **hub_kwargs
     )
@@ -62,7 +70,16 @@ def load_autoencoder(path_or_repo: str, **hub_kwargs) -> nn.Module:
             f"The weights of {path_or_repo} do not fit its config.json: missing {info['missing_keys']}, "
             f"unexpected {info['unexpected_keys']}."
         )
-    return model.eval()
+    return model
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, which says whether two models are the same wherever they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_pq_model(path_or_repo: str, **hub_kwargs) -> PQModel:

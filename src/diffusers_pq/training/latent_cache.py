@@ -1,6 +1,5 @@
 """A dataset's pictures, encoded once to packed codes, for the training of denoisers."""
 
-import hashlib
 import json
 import math
 import os
@@ -17,16 +16,13 @@ from tqdm.auto import tqdm
 
 from ..files import replacing
 from ..models.autoencoder_pq import PQModel
+from ..models.quantizer import bits_per_code
+from .autoencoders import weights_digest
 from .data import BadImageError, Prompts
 from .loaders import BadImages
 
 
 _INDEX = "latents.json"
-
-
-def bits_per_code(codebook_size: int) -> int:
-    """ceil(log2 K)."""
-    return (codebook_size - 1).bit_length()
 
 
 def pack_codes(codes: torch.LongTensor, codebook_size: int) -> bytes:
@@ -165,11 +161,7 @@ def load_cached_codes(
 
 def _index(vae: PQModel, resolution: int) -> dict:
     """What must be the same for codes to mean the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return {"model_sha256": digest.hexdigest(), "resolution": resolution}
+    return {"model_sha256": weights_digest(vae), "resolution": resolution}
 
 
 def _write_index(path: Path, index: dict):
