@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test quality style train-mini train-pqsd-mini benchmarks
+.PHONY: install demo test quality style docs train-mini train-pqsd-mini benchmarks
 
 # Which mini model `make train-mini` trains: pq, vq or kl.
 MINI ?= pq
@@ -31,6 +31,10 @@ style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, in site/; a warning is an error. `mkdocs serve` shows it while writing.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 data/debian-tiles: | install
 	$(BIN)/diffusers-pq prepare-data $@ --tile-size 256 --short-side 768
 
@@ -42,19 +46,30 @@ train-mini: install data/debian-tiles
 data/stamps: | install
 	$(BIN)/diffusers-pq prepare-data $@ --packages tuxpaint-stamps-default --pad-to-square --short-side 192
 
-# A Stable Diffusion for stamps on KL latents, its adaptation to PQ latents, and the same from scratch for comparison.
+data/stamps-codes: | install data/stamps
+	$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/encode_dataset.py --train_data_dir data/stamps \
+		--vae_name_or_path model_cards/pqgan-mini-f8-pq --resolution 128 --min_image_side 1 --output_dir $@
+
+# A Stable Diffusion for stamps on KL latents; its adaptation to PQ latents from each start of the new weights, and the
+# same UNet from scratch.
 TRAIN_PQSD = $(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/train_pqsd.py \
 	--config training_scripts/recipes/sd-mini.yaml
-ADAPT_PQSD = $(TRAIN_PQSD) --pretrained_model_name_or_path runs/sd-mini --vae_name_or_path model_cards/pqgan-mini-f8-pq
+ADAPT_PQSD = $(TRAIN_PQSD) --pretrained_model_name_or_path runs/sd-mini --latents_dir data/stamps-codes \
+	--vae_name_or_path model_cards/pqgan-mini-f8-pq --lr_scheduler constant_with_warmup
+TWO_STAGES = --stages "128:200:5e-4:conv 128:1800:5e-4:all"
 
 runs/sd-mini-untrained: | install data/stamps
 	$(BIN)/python training_scripts/create_stable_diffusion.py --train_data_dir data/stamps --output_dir $@ \
 		--vae_name_or_path model_cards/pqgan-mini-f8-kl --config_dir training_scripts/recipes/sd-mini
 
-train-pqsd-mini: install data/stamps runs/sd-mini-untrained
+train-pqsd-mini: install data/stamps data/stamps-codes runs/sd-mini-untrained
 	$(TRAIN_PQSD) --pretrained_model_name_or_path runs/sd-mini-untrained --train_text_encoder --output_dir runs/sd-mini
-	$(ADAPT_PQSD) --output_dir runs/pqsd-mini --stages "128:300:5e-4:conv 128:2700:5e-4:all"
-	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-random --unet_init random
+	$(ADAPT_PQSD) --output_dir runs/pqsd-mini $(TWO_STAGES)
+	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-random --unet_init random --stages "128:2000:5e-4:all"
+	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-copy_scaled --unet_init copy_scaled $(TWO_STAGES) --max_train_steps 800
+	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-zero --unet_init zero $(TWO_STAGES) --max_train_steps 800
+	$(BIN)/python benchmarks/adaptation.py --runs copy=runs/pqsd-mini copy_scaled=runs/pqsd-mini-copy_scaled \
+		zero=runs/pqsd-mini-zero "from scratch=runs/pqsd-mini-random"
 
 # Nothing else should run beside them. On 2 cores the second takes about an hour, the others some ten minutes each.
 benchmarks: install

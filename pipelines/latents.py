@@ -1,6 +1,7 @@
 """What the Stable Diffusion pipelines on product-quantised latents share: encoding, decoding, checks, saving."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,11 @@ class PQLatentsMixin:
         _check_components(modules.get("vae"), modules.get("unet"))
         super().register_modules(**modules)
 
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple]:
+        # What `from_pipe` accepts: the parent's signature names `AutoencoderKL`.
+        return super()._get_signature_types() | {"vae": (PQModel,)}
+
     def to_json_file(self, json_file_path: str | os.PathLike):
         """
         Write `model_index.json` and, beside it, the code by which `DiffusionPipeline.from_pretrained` finds this class
@@ -56,6 +62,26 @@ class PQLatentsMixin:
         if config.get("vae") == ["diffusers_pq", "PQModel"]:
             config["vae"] = [PQModel.__module__, "PQModel"]
         return config
+
+    def enable_vae_tiling(self):
+        """As `vae.enable_tiling()`; diffusers' own pipelines have lost this method in version 0.40 or before."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self):
+        """As `vae.disable_tiling()`."""
+        self.vae.disable_tiling()
+
+    def maybe_convert_prompt(self, prompt: str | list[str], tokenizer):
+        """
+        As the parent's, which every prompt and negative prompt passes through.
+
+        Raises:
+            ValueError: if the tokenizer or the text encoder has no token for a part of a prompt.
+        """
+        prompt = super().maybe_convert_prompt(prompt, tokenizer)
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            _check_tokens(text, tokenizer, self.text_encoder)
+        return prompt
 
     @classmethod
     def lora_state_dict(cls, *args, **kwargs):
@@ -116,6 +142,24 @@ class PQLatentsMixin:
 
 def _is_convolution(name: str) -> bool:
     return name.startswith(("unet.conv_in.", "unet.conv_out.")) and "lora" not in name
+
+
+def _check_tokens(prompt: str, tokenizer, text_encoder):
+    tokens = tokenizer(prompt, add_special_tokens=False).input_ids
+    # CLIP's unknown token is its end mark too: the text encoder would not see what comes after it.
+    if tokenizer.unk_token_id in tokens and tokenizer.unk_token not in prompt:
+        raise ValueError(
+            f"The tokenizer has no tokens for a part of `prompt` {prompt!r} (it reads {tokenizer.decode(tokens)!r}): "
+            f"leave that out, or load a tokenizer that has them."
+        )
+    known = text_encoder.get_input_embeddings().num_embeddings if text_encoder is not None else math.inf
+    missing = [token for token in tokens if token >= known]
+    if missing:
+        raise ValueError(
+            f"The text encoder has {known} tokens and none for {tokenizer.convert_ids_to_tokens(missing)} of `prompt` "
+            f"{prompt!r}: load the tokenizer that belongs to it, or "
+            f"`text_encoder.resize_token_embeddings(len(tokenizer))`."
+        )
 
 
 def _check_components(vae, unet):

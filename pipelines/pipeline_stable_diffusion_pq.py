@@ -35,6 +35,12 @@ class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
             vae ([`PQModel`]): Replaces the pipeline's autoencoder.
             init (`str`, *optional*, defaults to `"copy"`): See [`widen_unet`].
             kwargs: For `StableDiffusionPipeline.from_pretrained`.
+
+        Returns:
+            [`StableDiffusionPQPipeline`]: In the dtype of the pipeline it starts from. Adapt it before use.
+
+        Raises:
+            ValueError: see [`widen_unet`].
         """
         source = StableDiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
         components = {name: getattr(source, name) for name in source.components}

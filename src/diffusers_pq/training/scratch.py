@@ -18,7 +18,8 @@ def train_clip_tokenizer(captions: Iterable[str], vocab_size: int, max_length: i
 
     Args:
         captions: Texts to fit it to.
-        vocab_size (`int`): At most so many tokens; at least the 512 of single bytes and two marks.
+        vocab_size (`int`):
+            At most so many tokens; at least the 256 single bytes, two marks and the ends of the captions' words.
         max_length (`int`): Tokens of a prompt, the two marks included.
     """
     blank = CLIPTokenizer(vocab={_START: 0, _END: 1}, merges=[])
