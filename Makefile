@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test quality style docs train-mini train-pqsd-mini benchmarks
+.PHONY: install demo test quality style docs space test-space train-mini train-pqsd-mini sweep-mini benchmarks
 
 # Which mini model `make train-mini` trains: pq, vq or kl.
 MINI ?= pq
@@ -35,6 +35,16 @@ style: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The Hugging Face Space, with the included models. Its Gradio brings a Pillow below 13 into the environment.
+space: install
+	$(BIN)/pip install --quiet -e ".[space]"
+	$(BIN)/python spaces/pqgan/app.py
+
+# In headless Chromium; `make test` leaves it out where Gradio is not installed.
+test-space: install
+	$(BIN)/pip install --quiet -e ".[space]"
+	$(BIN)/python -m pytest tests/test_space.py
+
 data/debian-tiles: | install
 	$(BIN)/diffusers-pq prepare-data $@ --tile-size 256 --short-side 768
 
@@ -42,6 +52,17 @@ train-mini: install data/debian-tiles
 	$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/train_pqgan.py \
 		--config training_scripts/recipes/pqgan-mini.yaml \
 		--model_config_name_or_path model_cards/pqgan-mini-f8-$(MINI)/config.json --output_dir runs/pqgan-mini-f8-$(MINI)
+
+# How the codebooks of `make sweep-mini` start: normal, as in the paper, or kmeans.
+START ?= normal
+SWEEP = OMP_NUM_THREADS=1 $(BIN)/python training_scripts/sweep_pqgan.py --output_dir runs/sweep_$(START) \
+	--config training_scripts/recipes/pqgan-mini-sweep.yaml --codebook_init $(START) \
+	--latent_channels 8 16 32 64 --codebook_size 128 512 --evaluation "--resolution 128 --dataloader_num_workers 0"
+
+# Two workers, some half an hour on 2 cores.
+sweep-mini: install data/debian-tiles
+	$(SWEEP) & $(SWEEP) && wait
+	$(BIN)/python benchmarks/sweep_figures.py runs/sweep_$(START)
 
 data/stamps: | install
 	$(BIN)/diffusers-pq prepare-data $@ --packages tuxpaint-stamps-default --pad-to-square --short-side 192
@@ -72,7 +93,7 @@ train-pqsd-mini: install data/stamps data/stamps-codes runs/sd-mini-untrained
 		zero=runs/pqsd-mini-zero "from scratch=runs/pqsd-mini-random"
 
 # Nothing else should run beside them. On 2 cores the second takes about an hour, the others some ten minutes each.
-benchmarks: install
+benchmarks: install data/debian-tiles
 	$(BIN)/pip install --quiet -e ".[benchmark]"
 	$(BIN)/python benchmarks/quantizer_speed.py
 	$(BIN)/python benchmarks/model_speed.py

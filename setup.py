@@ -32,7 +32,17 @@ eval_ = [
 compress = ["constriction>=0.4", "torchmetrics>=1.6", "torchvision>=0.21"]
 # What the benchmarks compare with.
 benchmark = ["faiss-cpu>=1.8", "vector-quantize-pytorch>=1.20"]
-dev = ["pytest>=8.0", "pytest-xdist>=3.6", "build>=1.2", "ruff>=0.12"]
+docs = ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0", "ruff>=0.12"]
+# Not part of dev: Gradio holds Pillow below 13.
+space = [
+    "gradio>=6.31,<7",
+    "matplotlib>=3.9",
+    "scikit-image>=0.24",
+    "scikit-learn>=1.5",
+    "torchmetrics>=1.9",
+    "torchvision>=0.21",
+]
+dev = ["pytest>=8.0", "pytest-xdist>=3.6", "sybil>=10.0", "selenium>=4.30", "build>=1.2", "ruff>=0.12"]
 
 setup(
     name="diffusers_pq",
@@ -49,9 +59,11 @@ setup(
         "diffusers_pq.pipelines",
     ],
     package_dir={"diffusers_pq": "src/diffusers_pq", "diffusers_pq.pipelines": "pipelines"},
+    package_data={"diffusers_pq": ["model_card_template.md"]},
     install_requires=[
         *(package + versions for package, versions in supported.items()),
         "accelerate>=1.6",
+        "jinja2>=3.1",
         "numpy",
         "packaging",
         "pillow>=10.0",
@@ -62,7 +74,9 @@ setup(
         "eval": eval_,
         "compress": compress,
         "benchmark": [*benchmark, *compress, *eval_],
-        "dev": [*dev, *train, *eval_, *compress],
+        "docs": [*docs, *train, *eval_, *compress],
+        "space": space,
+        "dev": [*dev, *docs, *train, *eval_, *compress],
     },
     entry_points={"console_scripts": ["diffusers-pq=diffusers_pq.cli:main"]},
 )

@@ -6,6 +6,9 @@
 Writes rate_distortion.json and rate_distortion.png. Rates are those of whole files; a point is the mean over the
 photographs at one setting. The codecs store colour at half resolution (4:2:0), Pillow's default. Three of the
 photographs have been JPEG files before, which favours JPEG a little.
+
+`bits_per_pixel_static` of a model is what its codes would take with one fixed distribution for each subspace, counted
+on the training pictures: the ideal code length, without a file around it.
 """
 
 import argparse
@@ -18,15 +21,17 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import PIL
+import torch
 from PIL import Image, features
 from tqdm import tqdm
 
 from diffusers_pq.compression import compress_picture, decompress_picture
+from diffusers_pq.evaluation import EvaluationData
 from diffusers_pq.images import to_tensor, to_uint8
-from diffusers_pq.metrics import psnr, ssim
+from diffusers_pq.metrics import CodebookUsage, psnr, ssim
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.profiling import describe_machine
-from diffusers_pq.reconstruction import reconstruct_picture
+from diffusers_pq.reconstruction import codebook_shape, reconstruct_picture
 from diffusers_pq.training.autoencoders import load_autoencoder
 
 
@@ -43,6 +48,9 @@ def parse_args(argv=None):
         nargs="+",
         default=["model_cards/pqgan-mini-f8-pq", "model_cards/pqgan-mini-f8-vq"],
         help="folders or Hub repositories of PQModels",
+    )
+    parser.add_argument(
+        "--train_data_dir", default="data/debian-tiles", help="imagefolder whose `train` split the models learned from"
     )
     parser.add_argument("--qualities", nargs="+", type=int, default=list(QUALITIES), help="of JPEG, WebP and AVIF")
     parser.add_argument("--device", default="cpu")
@@ -62,14 +70,27 @@ def measure(photographs, compress, decompress):
     return means | {"photographs": scores}
 
 
-def measure_model(path, photographs, device):
+def measure_model(path, photographs, device, train_data_dir):
     model = load_autoencoder(path).to(device)
     row = measure(photographs, partial(compress_picture, model), partial(decompress_picture, model))
+    results = [reconstruct_picture(model, picture) for picture in photographs.values()]
     # The same codes at whole bits each, without a header.
-    row["bits_per_pixel_uncoded"] = statistics.mean(
-        reconstruct_picture(model, picture).scores["bits_per_pixel"] for picture in photographs.values()
-    )
+    row["bits_per_pixel_uncoded"] = statistics.mean(result.scores["bits_per_pixel"] for result in results)
+    lengths = static_code_lengths(model, train_data_dir)
+    bits = [lengths.gather(1, result.codes.cpu()[0].flatten(1)).sum().item() for result in results]
+    pixels = [picture.width * picture.height for picture in photographs.values()]
+    row["bits_per_pixel_static"] = statistics.mean(total / area for total, area in zip(bits, pixels))
     return row
+
+
+@torch.no_grad()
+def static_code_lengths(model, train_data_dir):
+    """Bits of every code `[S, K]` by its frequency in the training pictures; one is added to every count."""
+    usage = CodebookUsage(*codebook_shape(model))
+    for images in tqdm(EvaluationData(data_dir=train_data_dir, split="train").loader(batch_size=8), desc="static"):
+        usage.update(model.encode_codes(images.to(model.device)))
+    counts = usage.counts.double() + 1
+    return -torch.log2(counts / counts.sum(1, keepdim=True))
 
 
 def measure_quality(codec, quality, photographs):
@@ -123,7 +144,9 @@ def main(args):
         "date": datetime.date.today().isoformat(),
         "machine": f"{describe_machine(args.device)}, Pillow {PIL.__version__}",
         "unavailable": {name: "this Pillow was built without it" for name in CODECS if name not in available},
-        "models": {path: measure_model(path, photographs, args.device) for path in tqdm(args.models)},
+        "models": {
+            path: measure_model(path, photographs, args.device, args.train_data_dir) for path in tqdm(args.models)
+        },
         "codecs": {
             name: [measure_quality(name, quality, photographs) for quality in tqdm(args.qualities, desc=name)]
             for name in available

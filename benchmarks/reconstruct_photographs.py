@@ -1,7 +1,15 @@
 #!/usr/bin/env python
-"""Reconstruct the held-out photographs with several autoencoders: a table, a JSON file and a picture.
+"""Reconstruct the held-out photographs, or other pictures, with several autoencoders: a table, a JSON file and a
+figure with crops and difference maps (the form of Figures 1 and 7).
 
-python benchmarks/reconstruct_photographs.py --models PQ=model_cards/pqgan-mini-f8-pq VQ=model_cards/pqgan-mini-f8-vq
+    python benchmarks/reconstruct_photographs.py \
+        --models PQ=model_cards/pqgan-mini-f8-pq VQ=model_cards/pqgan-mini-f8-vq
+
+A model is a folder, a Hub repository or one of the systems that `evaluate_reconstruction.py --list_systems` prints.
+So, with the models of Figure 1:
+
+    python benchmarks/reconstruct_photographs.py --models F8=pqgan-f8 F16=pqgan-f16 SD2.1=sd21-vae \
+        --pictures street.jpg --crops street=640,300 --crop_side 128 --output_dir outputs/figure1
 """
 
 import argparse
@@ -10,35 +18,41 @@ import json
 import statistics
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
+from diffusers_pq.figures import draw_reconstructions, most_different_box
+from diffusers_pq.files import replacing
+from diffusers_pq.images import load_image
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.profiling import describe_machine
 from diffusers_pq.reconstruction import codebook_usage, reconstruct_picture
-from diffusers_pq.training.autoencoders import load_autoencoder
+from diffusers_pq.systems import load_for_evaluation
 
 
 COLUMNS = ("psnr", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")
-# Side of the enlarged crop and its top left corner, in pixels: detail that quantisation tends to lose.
-CROP_SIDE = 96
-CROPS = {
-    "astronaut": (175, 70),
-    "chelsea": (170, 90),
-    "coffee": (250, 120),
-    "rocket": (290, 250),
-    "china": (300, 130),
-    "flower": (260, 150),
-}
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=PATH_OR_REPO")
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=SOURCE", help="folder, Hub or system")
+    parser.add_argument("--pictures", nargs="+", type=Path, help="files; default: the held-out photographs")
+    parser.add_argument(
+        "--crops",
+        nargs="+",
+        default=[],
+        metavar="PICTURE=LEFT,TOP",
+        help="corners of crops, in pixels; default: where the models' errors differ most",
+    )
+    parser.add_argument("--crop_side", type=int, default=96, help="in pixels")
+    parser.add_argument("--amplification", type=float, default=4.0, help="of the differences that are shown")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     if any("=" not in model for model in args.models):
-        parser.error("--models takes NAME=PATH_OR_REPO")
+        parser.error("--models takes NAME=SOURCE")
+    try:
+        args.crops = {name: tuple(map(int, corner.split(","))) for name, corner in (c.split("=") for c in args.crops)}
+        assert all(len(corner) == 2 for corner in args.crops.values())
+    except (ValueError, AssertionError):
+        parser.error("--crops takes PICTURE=LEFT,TOP")
     return args
 
 
@@ -65,41 +79,52 @@ def markdown_table(rows):
     return "\n".join(lines)
 
 
-def draw(photographs, results, path):
-    names = list(results)
-    figure, axes = plt.subplots(
-        len(photographs) * 2, len(names) + 1, figsize=(3 * (len(names) + 1), 5 * len(photographs))
-    )
-    for row, (photo, original) in enumerate(photographs.items()):
-        pictures = [original, *(results[name][photo].picture for name in names)]
-        titles = ["original", *(f"{name}, {results[name][photo].scores['psnr']:.1f} dB" for name in names)]
-        left, top = CROPS[photo]
-        for column, (picture, title) in enumerate(zip(pictures, titles)):
-            whole, detail = axes[2 * row, column], axes[2 * row + 1, column]
-            whole.imshow(picture)
-            detail.imshow(picture.crop((left, top, left + CROP_SIDE, top + CROP_SIDE)), interpolation="nearest")
-            whole.set_title(f"{photo}: {title}", fontsize=9)
-            whole.axis("off")
-            detail.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+def crop_boxes(args, pictures, reconstructions):
+    """Of every picture: where the user wants it, or where the models differ most."""
+    unknown = args.crops.keys() - pictures.keys()
+    if unknown:
+        raise ValueError(f"--crops names {', '.join(sorted(unknown))}; the pictures are {', '.join(pictures)}.")
+    boxes = {}
+    for name, picture in pictures.items():
+        found = [by_picture[name] for by_picture in reconstructions.values()]
+        boxes[name] = most_different_box(picture, found, args.crop_side)
+        if name in args.crops:
+            left, top = args.crops[name]
+            boxes[name] = (left, top, left + args.crop_side, top + args.crop_side)
+            if min(left, top) < 0 or boxes[name][2] > picture.width or boxes[name][3] > picture.height:
+                raise ValueError(
+                    f"--crops {name}={left},{top} leaves the picture of {picture.width} x {picture.height}."
+                )
+    return boxes
 
 
 def main(args):
-    photographs = load_photographs()
+    pictures = {path.stem: load_image(path) for path in args.pictures} if args.pictures else load_photographs()
     rows, results = {}, {}
     for entry in args.models:
         name, source = entry.split("=", 1)
-        model = load_autoencoder(source).to(args.device)
-        reconstruct_picture(model, next(iter(photographs.values())))  # warm-up, so that `seconds` is fair
-        results[name] = {photo: reconstruct_picture(model, picture) for photo, picture in photographs.items()}
+        model = load_for_evaluation(source).to(args.device)
+        reconstruct_picture(model, next(iter(pictures.values())))  # warm-up, so that `seconds` is fair
+        results[name] = {title: reconstruct_picture(model, picture) for title, picture in pictures.items()}
         rows[name] = summarise(model, results[name])
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine(args.device)
-    record = {"date": datetime.date.today().isoformat(), "machine": machine, "models": args.models, "results": rows}
-    (args.output_dir / "photographs.json").write_text(json.dumps(record, indent=2) + "\n")
-    draw(photographs, results, args.output_dir / "photographs.png")
+    reconstructions = {name: {title: r.picture for title, r in found.items()} for name, found in results.items()}
+    boxes = crop_boxes(args, pictures, reconstructions)
+    titles = {
+        name: {title: f"{name}, {r.scores['psnr']:.1f} dB" for title, r in found.items()}
+        for name, found in results.items()
+    }
+    figure = draw_reconstructions(pictures, reconstructions, boxes, titles, args.amplification)
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(args.device),
+        "models": args.models,
+        "results": rows,
+        "crops": boxes,
+    }
+    with replacing(args.output_dir / "photographs.json") as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    with replacing(args.output_dir / "photographs.png") as unfinished:
+        figure.savefig(unfinished, dpi=80)
     print(markdown_table(rows))
     print(f"Picture: {args.output_dir / 'photographs.png'}")
 

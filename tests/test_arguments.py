@@ -74,7 +74,7 @@ def parse_recipe(recipe, *needed):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_fit_their_scripts(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if recipe.stem == "pqgan-mini":
+    if recipe.stem.startswith("pqgan-mini"):
         parse_recipe(recipe, "--model_config_name_or_path", "model_cards/pqgan-mini-f8-pq")
     elif recipe.stem == "sd-mini":
         parse_recipe(recipe, "--pretrained_model_name_or_path", "runs/sd-mini-untrained")

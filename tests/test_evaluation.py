@@ -24,15 +24,16 @@ from diffusers_pq.evaluation import (
     EvaluationProgress,
     describe_latents,
     evaluate_autoencoder,
-    load_for_evaluation,
     read_results,
-    reconstruct,
     results_table,
     run_evaluation,
     write_table,
 )
 from diffusers_pq.images import to_uint8
 from diffusers_pq.metrics import CodebookUsage, load_metrics, psnr, ssim
+from diffusers_pq.reconstruction import reconstruct, reconstruct_picture
+from diffusers_pq.systems import load_for_evaluation
+from diffusers_pq.training.autoencoders import downsampling_factor
 
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "evaluate_reconstruction.py"
@@ -126,6 +127,17 @@ def test_reconstructs_with_every_autoencoder(name, images, tmp_path):
     torch.testing.assert_close(output.sample, expected, atol=0.1 if name == "AutoencoderTiny" else 1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_reconstructs_a_picture_of_any_size_with_every_autoencoder(name):
+    model = tiny_model(name)
+    assert downsampling_factor(model) == 4
+    result = reconstruct_picture(model, PIL.Image.linear_gradient("L").convert("RGB").resize((45, 31)))
+    # d = 8 or 5 values of 16 bits, or S = 4 codes of 4 bits, or one of 5, for each of 12 x 8 latent pixels
+    bits = {"PQModel": 16, "VQModel": 5, "AutoencoderKL": 80, "AutoencoderTiny": 64, "AutoencoderDC": 128}[name]
+    assert result.picture.size == (45, 31) and result.scores["bits_per_pixel"] == bits * 12 * 8 / (45 * 31)
+    assert ("H_n" in result.scores) == (name in ("PQModel", "VQModel"))
+
+
 def test_the_codes_of_a_vqmodel_are_those_it_decodes(images):
     model = tiny_model("VQModel")
     codes = reconstruct(model, images).codes
@@ -196,13 +208,20 @@ def test_the_first_pictures_are_the_same_for_any_number_of_processes(shards, str
     assert len(indices(replace(shards, max_samples=99).loader(2, 0, streaming, str(tmp_path / "cache")))) == 11
 
 
+def test_a_damaged_picture_is_named(photographs):
+    path = Path(photographs.data_dir, "validation", "3.png")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"3\.png cannot be read"):
+        list(photographs.loader(batch_size=2))
+
+
 def test_bad_data_arguments_are_named(shards, photographs, tmp_path):
     for sources in ({}, {"dataset_name": "a", "data_dir": "b"}):
         with pytest.raises(ValueError, match="exactly one of `--dataset_name` and `--data_dir`"):
             EvaluationData(**sources)
     for data, message in [
-        (replace(shards, image_column="picture"), "`--image_column` is 'picture', but .* columns image"),
-        (replace(photographs, split="test"), "test"),
+        (replace(shards, image_column="picture"), "no column 'picture'; the dataset has image"),
+        (replace(photographs, split="test"), "`--split` is 'test', but photographs has no such split"),
     ]:
         with pytest.raises(ValueError, match=message):
             data.loader(2, cache_dir=str(tmp_path / "cache"))

@@ -12,13 +12,13 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_config
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from diffusers_pq import PQModel, StableDiffusionPQPipeline, widen_unet
-from diffusers_pq.training.denoising import Stage, find_stage
+from diffusers_pq.training.denoising import Stage, denoising_loss, find_stage
 from diffusers_pq.training.latent_cache import load_cached_codes, pack_codes, unpack_codes
-from diffusers_pq.training.latents import encode_latents, scale_latents, set_latent_statistics
+from diffusers_pq.training.latents import channel_weights, encode_latents, scale_latents, set_latent_statistics
 from diffusers_pq.training.scratch import train_clip_tokenizer
 
 
@@ -246,3 +246,26 @@ def test_a_denoiser_sees_latents_of_variance_one(kind, workspace):
         assert latents.mean((0, 2, 3)).abs().max() < 1e-5
     else:
         assert float(latents.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_channels_weigh_by_what_they_change_in_the_picture():
+    vae = PQModel(**tiny_config(latents_mean=[0.0] * 8, latents_std=[0.5] * 4 + [1.5] * 4))
+    assert channel_weights(vae, 0) is None
+    assert channel_weights(AutoencoderKL(norm_num_groups=4, block_out_channels=(8,)), 1) is None
+    weights = channel_weights(vae, 1)
+    torch.testing.assert_close(weights, torch.tensor([0.5] * 4 + [1.5] * 4))
+    torch.testing.assert_close(channel_weights(vae, 2)[4:], 9 * channel_weights(vae, 2)[:4])
+
+    def loss(channel, weights):
+        """Of a denoiser that is right but for one channel, where it is off by 1."""
+        scheduler, latents = DDPMScheduler(), torch.zeros(2, 8, 4, 4)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        off = torch.nn.functional.one_hot(torch.tensor(channel), 8).view(1, 8, 1, 1)
+        generator = torch.Generator().manual_seed(0)
+        return denoising_loss(
+            lambda *_: noise + off, scheduler, latents, None, channel_weights=weights, generator=generator
+        )
+
+    torch.testing.assert_close(loss(7, weights), torch.full((2,), 1.5 / 8))
+    torch.testing.assert_close(loss(0, weights), torch.full((2,), 0.5 / 8))
+    torch.testing.assert_close(loss(0, None), torch.full((2,), 1 / 8))

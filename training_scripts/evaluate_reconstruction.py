@@ -1,9 +1,11 @@
 #!/usr/bin/env python
 """Measure the reconstructions of an image autoencoder as the paper does (section 4.4): any `PQModel`, `VQModel`,
-`AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, any image dataset.
+`AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, any image dataset; and the systems of Tables 1 and 2 by name.
 
     accelerate launch training_scripts/evaluate_reconstruction.py --dataset_name ILSVRC/imagenet-1k --streaming \
         --pretrained_model_name_or_path model_cards/pqgan-f8 --output_dir runs/evaluation
+    accelerate launch training_scripts/evaluate_reconstruction.py --dataset_name ILSVRC/imagenet-1k --streaming \
+        --systems sd21-vae sdxl-vae pqgan-f16 pqgan-f8 ldm-kl-f4=runs/ldm-kl-f4 --output_dir runs/evaluation
 
 The defaults are the paper's protocol for ImageNet at 256 x 256 (Table 1). Runs with the same `--output_dir` share a
 table, `results.md`. A run that was stopped goes on where it was when it is started again with the same arguments.
@@ -15,6 +17,7 @@ from accelerate import Accelerator
 
 from diffusers_pq.evaluation import EvaluationData, run_evaluation, write_table
 from diffusers_pq.metrics import METRICS
+from diffusers_pq.systems import SYSTEMS, systems_table
 
 
 def parse_args(argv=None):
@@ -22,7 +25,17 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", required=True, help="folder or Hub repository")
+    which = model.add_mutually_exclusive_group(required=True)
+    which.add_argument("--pretrained_model_name_or_path", help="folder or Hub repository")
+    which.add_argument(
+        "--systems",
+        nargs="+",
+        metavar="NAME[=FOLDER]",
+        help="of Tables 1 and 2, from the Hub or a converted folder; the paper's scores are printed beside",
+    )
+    model.add_argument(
+        "--list_systems", action="version", version=systems_table(), help="print what --systems knows, and exit"
+    )
     model.add_argument("--subfolder", help='of the model, "vae" of a pipeline')
     model.add_argument("--revision")
     model.add_argument("--variant")
@@ -50,7 +63,17 @@ def parse_args(argv=None):
     run.add_argument("--dataloader_num_workers", type=int, default=4, help="per process")
     run.add_argument("--checkpointing_steps", type=int, default=50, help="batches between two savings")
     run.add_argument("--output_dir", default="evaluation")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.systems = dict(_named_system(parser, entry) for entry in args.systems or ())
+    return args
+
+
+def _named_system(parser, entry):
+    """The name of a system and what to load it from."""
+    name, _, folder = entry.partition("=")
+    if name not in SYSTEMS:
+        parser.error(f"--systems {name} is not known; known are {', '.join(SYSTEMS)}")
+    return name, folder or name
 
 
 def main(args):
@@ -65,22 +88,23 @@ def main(args):
         image_interpolation_mode=args.image_interpolation_mode,
         max_samples=args.max_samples,
     )
-    run_evaluation(
-        accelerator,
-        args.pretrained_model_name_or_path,
-        data,
-        args.output_dir,
-        name=args.name,
-        metrics=args.metrics,
-        batch_size=args.batch_size,
-        num_workers=args.dataloader_num_workers,
-        streaming=args.streaming,
-        cache_dir=args.cache_dir,
-        checkpointing_steps=args.checkpointing_steps,
-        subfolder=args.subfolder,
-        revision=args.revision,
-        variant=args.variant,
-    )
+    for name, source in (args.systems or {args.name: args.pretrained_model_name_or_path}).items():
+        run_evaluation(
+            accelerator,
+            source,
+            data,
+            args.output_dir,
+            name=name,
+            metrics=args.metrics,
+            batch_size=args.batch_size,
+            num_workers=args.dataloader_num_workers,
+            streaming=args.streaming,
+            cache_dir=args.cache_dir,
+            checkpointing_steps=args.checkpointing_steps,
+            subfolder=args.subfolder,
+            revision=args.revision,
+            variant=args.variant,
+        )
     if accelerator.is_main_process:
         print(write_table(args.output_dir))
     accelerator.end_training()

@@ -321,7 +321,7 @@ def check_accelerator(args, accelerator):
         )
 
 
-def main(args):
+def main(args, build_model=build_model):
     accelerator = create_accelerator(args)
     check_accelerator(args, accelerator)
     run = TrainingRun(args, accelerator, BestModel(args.output_dir, "psnr"))

@@ -32,7 +32,7 @@ from diffusers_pq.training.autoencoders import downsampling_factor, load_autoenc
 from diffusers_pq.training.data import CaptionedCrops, Prompts, load_images, usable_rows
 from diffusers_pq.training.denoising import ConditionalDenoiser, DenoiserTrainer, Stage, find_stage, save_lora
 from diffusers_pq.training.latent_cache import load_cached_codes
-from diffusers_pq.training.latents import encode_latents, scale_latents, set_latent_statistics
+from diffusers_pq.training.latents import channel_weights, encode_latents, scale_latents, set_latent_statistics
 from diffusers_pq.training.loaders import build_train_loader, change_data, first_batches
 from diffusers_pq.training.run import TrainingRun, create_accelerator, dry_run, whole_module
 from diffusers_pq.training.uploads import BestModel
@@ -91,6 +91,12 @@ def parse_args(argv=None):
     optim.add_argument("--adam_weight_decay", type=float, default=1e-2)
     optim.add_argument("--max_grad_norm", type=float, default=1.0)
     optim.add_argument("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual")
+    optim.add_argument(
+        "--channel_weighting",
+        type=float,
+        default=0.0,
+        help="weigh each latent channel's loss by its standard deviation to this power; 0: all alike, as the paper",
+    )
     run = add_run_arguments(parser, output_dir="pqsd", steps=5000)
     run.add_argument("--num_validation_images", type=int, default=256, help="of the validation loss")
     run.add_argument("--validation_prompts", nargs="*", default=[], help="pictures of them go to the log")
@@ -200,7 +206,8 @@ def build_trainer(args, accelerator, pipeline):
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
     limits = args.max_grad_norm, args.max_skipped_steps
-    return DenoiserTrainer(accelerator, *prepared, pipeline.scheduler, args.snr_gamma, *limits, ema)
+    weights = channel_weights(pipeline.vae, args.channel_weighting)
+    return DenoiserTrainer(accelerator, *prepared, pipeline.scheduler, args.snr_gamma, *limits, ema, weights)
 
 
 def build_lr_scheduler(args, optimizer, num_processes):
@@ -247,7 +254,9 @@ def build_validation(args, accelerator, pipeline):
         return None
     prompts = Prompts(args.caption_column, pipeline.tokenizer)
     crops = CaptionedCrops(args.image_column, args.stages[-1].resolution, prompts, center_crop=True, min_image_side=1)
-    return DenoisingValidation(accelerator, rows, crops, pipeline.vae, pipeline.scheduler, args.train_batch_size)
+    weights = channel_weights(pipeline.vae, args.channel_weighting)
+    vae, scheduler = pipeline.vae, pipeline.scheduler
+    return DenoisingValidation(accelerator, rows, crops, vae, scheduler, args.train_batch_size, weights)
 
 
 def optimisation_step(trainer, pipeline, batches):

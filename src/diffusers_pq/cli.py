@@ -34,6 +34,10 @@ def _build_parser() -> argparse.ArgumentParser:
     widen.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     widen.set_defaults(run=_widen_unet)
 
+    cards = commands.add_parser("render-cards", help="write the README.md of each model that a cards.yaml describes")
+    cards.add_argument("folder", type=Path, nargs="?", default=Path("model_cards"), help="default: model_cards")
+    cards.set_defaults(run=_render_cards)
+
     push = commands.add_parser("push", help="check a folder with a model or a pipeline, and upload it to the Hub")
     push.add_argument("folder", type=Path, help="holds README.md, and config.json or model_index.json with weights")
     push.add_argument("repo_id", help="org/name; created if it does not exist")
@@ -110,6 +114,14 @@ def _widen_unet(args):
     widened = widen_denoiser(denoiser, args.latent_channels, args.init)
     widened.save_pretrained(args.output)
     print(f"{args.output}: {denoiser.config.in_channels} -> {args.latent_channels} latent channels")
+
+
+def _render_cards(args):
+    from .cards import CardRepository
+
+    repository = CardRepository(args.folder)
+    for name in repository.names():
+        print(repository.write(name))
 
 
 def _push(args):

@@ -12,12 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-import diffusers
 import torch
 import torch.nn as nn
 from accelerate import Accelerator, skip_first_batches
 from datasets.distributed import split_dataset_by_node
-from diffusers import VQModel
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,11 +25,13 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from tqdm.auto import tqdm
 
 from .files import replacing
-from .images import to_rgb, to_tensor, to_uint8
-from .metrics import METRICS, CodebookUsage, bits_per_pixel, load_metrics
-from .models.autoencoder_pq import PQModel
+from .images import to_tensor, to_uint8
+from .metrics import METRICS, CodebookUsage, load_metrics
 from .profiling import describe_machine
-from .training.autoencoders import AUTOENCODERS, load_autoencoder, weights_digest
+from .reconstruction import codebook_shape, reconstruct, stored_bits_per_pixel
+from .systems import SYSTEMS, load_for_evaluation
+from .training.autoencoders import weights_digest
+from .training.data import decode_image, load_images
 
 
 RESULTS_FILE = "results.json"
@@ -56,20 +56,6 @@ _LATENT_COLUMNS = {
 }
 # The metric types that the Hub knows.
 _HUB_METRICS = {"rfid": "fid", "lpips_alex": "lpips", "lpips_vgg": "lpips"}
-
-
-@dataclass
-class EncodedPictures:
-    """
-    Args:
-        sample (`torch.Tensor` of shape `(B, 3, H, W)`): The reconstruction, about [-1, 1].
-        latents (`torch.Tensor` of shape `(B, d, h, w)`): As encoded, before quantisation.
-        codes (`torch.LongTensor` of shape `(B, S, h, w)`, *optional*): The codes, `None` without a quantiser.
-    """
-
-    sample: torch.Tensor
-    latents: torch.Tensor
-    codes: torch.LongTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,18 +109,12 @@ class EvaluationData:
         hold every picture once. The last batch may be smaller.
 
         Raises:
-            ValueError: if the split or the column does not exist.
+            ValueError: if the split or the column does not exist; while loading, if a picture is damaged.
         """
-        options = {"split": self.split, "streaming": streaming, "cache_dir": cache_dir}
-        if self.dataset_name is not None:
-            dataset = datasets.load_dataset(self.dataset_name, self.dataset_config_name, **options)
-        else:
-            dataset = datasets.load_dataset("imagefolder", data_dir=self.data_dir, **options)
-        # The columns of a stream may be unknown.
-        if dataset.column_names and self.image_column not in dataset.column_names:
-            columns = ", ".join(dataset.column_names)
-            raise ValueError(f"`--image_column` is {self.image_column!r}, but the dataset has the columns {columns}.")
-        dataset = dataset.select_columns(self.image_column).cast_column(self.image_column, datasets.Image())
+        source = self.dataset_name, self.data_dir, self.image_column, self.split
+        dataset = load_images(*source, self.dataset_config_name, cache_dir, streaming)
+        if dataset is None:
+            raise ValueError(f"`--split` is {self.split!r}, but {self.name} has no such split.")
         if self.max_samples is not None:
             dataset = dataset.take(self.max_samples if streaming else min(self.max_samples, len(dataset)))
         strategy = "auto"
@@ -151,62 +131,8 @@ class EvaluationData:
 
 def _centre_crops(data: EvaluationData, rows: list[dict]) -> torch.Tensor:
     resize = Resize(data.resolution, InterpolationMode(data.image_interpolation_mode))
-    crop = Compose([to_rgb, resize, CenterCrop(data.resolution), to_tensor])
-    return torch.stack([crop(row[data.image_column]) for row in rows])
-
-
-def load_for_evaluation(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Module:
-    """
-    Load an image autoencoder of diffusers or a [`PQModel`], from a folder or the Hub, in eval mode.
-
-    Args:
-        pretrained_model_name_or_path (`str`): Folder or Hub repository.
-        hub_kwargs: `subfolder`, `revision`, `variant` and others of `from_pretrained`.
-
-    Raises:
-        OSError: if there is no such model.
-        ValueError: if it is no autoencoder, or the weights do not fit its config.
-    """
-    class_name = PQModel.load_config(pretrained_model_name_or_path, **hub_kwargs).get("_class_name")
-    if class_name in AUTOENCODERS:
-        return load_autoencoder(pretrained_model_name_or_path, **hub_kwargs)
-    model_class = getattr(diffusers, str(class_name), None)
-    if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
-        raise ValueError(
-            f"{pretrained_model_name_or_path} holds a {class_name}, which is no autoencoder of diffusers."
-        )
-    model, info = model_class.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **hub_kwargs)
-    if info["missing_keys"]:
-        raise ValueError(f"The weights of {pretrained_model_name_or_path} lack {info['missing_keys']}.")
-    return model.eval()
-
-
-@torch.no_grad()
-def reconstruct(model: nn.Module, images: torch.Tensor) -> EncodedPictures:
-    """
-    Encode and decode pictures `[B, 3, H, W]` in [-1, 1] with any image autoencoder of diffusers. Of a distribution of
-    latents the mode is decoded.
-    """
-    encoded = model.encode(images)
-    if "latent_dist" in encoded:
-        latents = encoded.latent_dist.mode()
-    else:
-        latents = encoded.latents if "latents" in encoded else encoded.latent
-    if isinstance(model, PQModel):
-        quantized = model.quantize(latents)
-        return EncodedPictures(model.decode(quantized.latents, quantize=False).sample, latents, quantized.codes)
-    codes = None
-    if isinstance(model, VQModel):
-        _, _, (_, _, indices) = model.quantize(latents)
-        codes = indices.view(len(latents), 1, *latents.shape[-2:])
-    return EncodedPictures(model.decode(latents).sample, latents, codes)
-
-
-def codebook_shape(model: nn.Module) -> tuple[int, int] | None:
-    """S and K of a model with codebooks."""
-    if isinstance(model, PQModel):
-        return model.config.num_subspaces, model.config.codebook_size
-    return (1, model.config.num_vq_embeddings) if isinstance(model, VQModel) else None
+    crop = Compose([resize, CenterCrop(data.resolution), to_tensor])
+    return torch.stack([crop(decode_image(row[data.image_column])) for row in rows])
 
 
 def describe_latents(model: nn.Module, resolution: int) -> dict[str, int | float]:
@@ -228,11 +154,9 @@ def describe_latents(model: nn.Module, resolution: int) -> dict[str, int | float
         "downsampling_factor": resolution // output.latents.shape[-1],
         "latent_channels": output.latents.shape[1],
     }
-    if output.codes is None:
-        return latents | {"bits_per_pixel": bits_per_pixel(output.latents, blank)}
-    subspaces, size = codebook_shape(model)
-    codes = {"num_subspaces": subspaces, "codebook_size": size}
-    return latents | codes | {"bits_per_pixel": bits_per_pixel(output.codes, blank, size)}
+    if output.codes is not None:
+        latents |= dict(zip(("num_subspaces", "codebook_size"), codebook_shape(model)))
+    return latents | {"bits_per_pixel": stored_bits_per_pixel(model, output, blank)}
 
 
 class EvaluationProgress:
@@ -376,7 +300,7 @@ def run_evaluation(
 
     Args:
         accelerator (`Accelerator`)
-        pretrained_model_name_or_path (`str`), hub_kwargs: See [`load_for_evaluation`].
+        pretrained_model_name_or_path (`str`): See [`load_for_evaluation`].
         data ([`EvaluationData`])
         output_dir (`str` or `PathLike`): Of all evaluations that belong in one table.
         name (`str`, *optional*): Of the model in the table; default: the last part of its path.
@@ -385,6 +309,7 @@ def run_evaluation(
         streaming (`bool`): Read the dataset while evaluating instead of downloading it first.
         cache_dir (`str`, *optional*): Of the dataset.
         checkpointing_steps (`int`): Batches between two savings.
+        hub_kwargs: See [`load_for_evaluation`].
 
     Returns:
         `dict`: what `results.json` holds, with `scores` by metric and what the `unavailable` ones want.
@@ -474,7 +399,10 @@ def write_table(output_dir: str | os.PathLike) -> str:
 
 
 def results_table(results: list[dict]) -> str:
-    """Markdown: a table for each dataset with a row for each model, and what unavailable metrics want."""
+    """
+    Markdown: a table for each dataset with a row for each model, and what unavailable metrics want. Models with the
+    name of one of the [`~diffusers_pq.systems.SYSTEMS`] are followed by the scores that the paper prints for it.
+    """
     sections = {}
     for result in results:
         data = _data(result)
@@ -485,20 +413,30 @@ def results_table(results: list[dict]) -> str:
 
 
 def _section(results: list[dict]) -> str:
-    rows = [result["latents"] | result["scores"] | dict.fromkeys(result["unavailable"]) for result in results]
+    rows = [row for result in results for row in _rows(result)]
     known = (_LATENT_COLUMNS | _SCORE_COLUMNS).items()
-    columns = {name: column for name, column in known if any(name in row for row in rows)}
+    columns = {name: column for name, column in known if any(name in row for _, row in rows)}
     lines = [["model", *(label for label, _ in columns.values())], ["---"] * (len(columns) + 1)]
-    for result, row in zip(results, rows):
-        lines.append([result["name"], *(_cell(row, name, spec) for name, (_, spec) in columns.items())])
+    for title, row in rows:
+        lines.append([title, *(_cell(row, name, spec) for name, (_, spec) in columns.items())])
     wanted = {name: weights for result in results for name, weights in result["unavailable"].items()}
     notes = [f"- n/a: {_SCORE_COLUMNS[name][0]} needs {weights}" for name, weights in wanted.items()]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *([""] if notes else []), *notes])
 
 
+def _rows(result: dict) -> Iterable[tuple[str, dict]]:
+    """First cells and values of a result's row and, for a known system, of the paper's."""
+    yield result["name"], result["latents"] | result["scores"] | dict.fromkeys(result["unavailable"])
+    if result["name"] in SYSTEMS:
+        dataset, scores = SYSTEMS[result["name"]].paper_scores(_data(result).name)
+        yield f"*the paper's, {dataset}*", scores
+
+
 def _cell(row: dict, name: str, spec: str) -> str:
     if name not in row:
         return "-"
+    if isinstance(row[name], str):  # as the paper prints it
+        return row[name]
     return "n/a" if row[name] is None else format(row[name], spec)
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -10,7 +11,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors import SafetensorError
 
 import diffusers_pq
@@ -91,30 +92,37 @@ def check_folder(folder: str | os.PathLike) -> ModelCard:
     """
     Check that a folder is fit to be pushed: a model or a pipeline whose weights load, and a card with metadata.
 
-    A model may come without weights, as a configuration alone; a warning says so.
+    Both may come without weights, as a configuration alone. A warning says so, and what the card's metadata lacks for
+    the Hub to show the model as one of diffusers.
 
     Returns:
         `ModelCard`: The card.
 
     Raises:
         OSError: if a file is missing or damaged, or the weights are no safetensors.
-        ValueError: if a class is unknown, weights do not fit their configuration, or the card has no metadata.
+        ValueError: if a class is unknown, weights do not fit their configuration, or the card has no metadata or
+            metadata that cannot be read (results in its `model-index`, names in `base_model` and `datasets`).
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"No such folder: {folder}")
     card = _load_card(folder / "README.md")
+    load_part = _load_model if has_weights(folder) else build_model
     if (folder / "model_index.json").is_file():
-        _load_pipeline(folder)
-    elif any(folder.glob("diffusion_pytorch_model*")):
-        _load_model(folder)
-    elif (folder / "config.json").is_file():
-        with torch.device("meta"):
-            _named_class(folder / "config.json").from_config(_read_json(folder / "config.json"))
-        logger.warning("%s holds no weights: the configuration is pushed alone.", folder)
+        _load_pipeline(folder, load_part)
+    elif has_weights(folder) or (folder / "config.json").is_file():
+        load_part(folder)
     else:
         raise FileNotFoundError(f"{folder} holds neither a config.json nor a model_index.json.")
+    if not has_weights(folder):
+        logger.warning("%s holds no weights: the configuration is pushed alone.", folder)
     return card
+
+
+def has_weights(folder: str | os.PathLike) -> bool:
+    """Whether the folder of a model, or of a pipeline with any part of it, holds weights, in whatever format."""
+    is_pipeline = Path(folder, "model_index.json").is_file()
+    return any(Path(folder).glob("*/diffusion_pytorch_model*" if is_pipeline else "diffusion_pytorch_model*"))
 
 
 def _load_card(path: Path) -> ModelCard:
@@ -124,17 +132,33 @@ def _load_card(path: Path) -> ModelCard:
         card = ModelCard.load(path)
     except yaml.YAMLError as error:
         raise ValueError(f"The metadata at the top of {path} is no valid YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"The metadata at the top of {path} cannot be read: {error}") from error
     if not card.data.to_dict():
         raise ValueError(f"{path} has no metadata: begin it with a block such as `---`, `license: apache-2.0`, `---`.")
+    _check_metadata(card, path)
     return card
 
 
-def _load_pipeline(folder: Path):
-    index = _read_json(folder / "model_index.json")
+def _check_metadata(card: ModelCard, path: Path):
+    missing = [field for field in ("license", "library_name", "pipeline_tag") if card.data.get(field) is None]
+    if missing:
+        logger.warning("The metadata of %s lacks %s, by which the Hub sorts models.", path, ", ".join(missing))
+    for field in ("base_model", "datasets"):
+        names = card.data.get(field, [])
+        for name in [names] if isinstance(names, str) else names:
+            try:
+                validate_repo_id(name)
+            except ValueError as error:
+                raise ValueError(f"`{field}` of {path} must hold names on the Hub: {error}") from error
+
+
+def _load_pipeline(folder: Path, load_part: Callable[[Path], diffusers.ModelMixin]):
+    index = read_json(folder / "model_index.json")
     components = {name: None for name, value in index.items() if value == [None, None]}
     for config_file in folder.glob("*/config.json"):
-        if "_class_name" in _read_json(config_file):
-            components[config_file.parent.name] = _load_model(config_file.parent)
+        if "_class_name" in read_json(config_file):
+            components[config_file.parent.name] = load_part(config_file.parent)
     try:
         _named_class(folder / "model_index.json").from_pretrained(folder, use_safetensors=True, **components)
     except SafetensorError as error:
@@ -145,17 +169,29 @@ def _load_model(folder: Path) -> diffusers.ModelMixin:
     return load_whole_model(_named_class(folder / "config.json"), folder)
 
 
-def _named_class(config_file: Path) -> type:
-    name = _read_json(config_file).get("_class_name")
+def build_model(folder: Path) -> diffusers.ModelMixin:
+    """The model that a folder's `config.json` describes, without memory for its weights (on the meta device)."""
+    with torch.device("meta"):
+        return _named_class(folder / "config.json").from_config(read_json(folder / "config.json"))
+
+
+def class_name(config_file: Path) -> str | None:
+    """The class that a `config.json` or `model_index.json` names."""
+    name = read_json(config_file).get("_class_name")
     # A pipeline that brings code along names its module, too.
-    name = name[-1] if isinstance(name, list) else name
+    return name[-1] if isinstance(name, list) else name
+
+
+def _named_class(config_file: Path) -> type:
+    name = class_name(config_file)
     for library in (diffusers_pq, diffusers):
         if isinstance(name, str) and hasattr(library, name):
             return getattr(library, name)
     raise ValueError(f"{config_file} names the class {name!r}, which neither diffusers_pq nor diffusers has.")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A JSON file's content; an `OSError` or `ValueError` that names the file if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     try:

@@ -269,7 +269,6 @@ class CodebookUsage(Metric):
         }
 
 
-# The metrics of a reconstruction by name; `update` of all takes `images` and `references`.
 METRICS = {
     "psnr": PSNR,
     "ssim": SSIM,
@@ -278,6 +277,7 @@ METRICS = {
     "lpips_alex": partial(LPIPS, "alex"),
     "lpips_vgg": partial(LPIPS, "vgg"),
 }
+"""The metrics of a reconstruction by name; `update` of all takes `images` and `references`."""
 
 
 def load_metrics(names: Sequence[str] = tuple(METRICS)) -> tuple[MetricCollection, dict[str, str]]:

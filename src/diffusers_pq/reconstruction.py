@@ -1,14 +1,31 @@
-"""Reconstruct single pictures of any size, and measure what was lost."""
+"""Reconstruct pictures with any image autoencoder of diffusers, and measure what was lost."""
 
 import time
 from dataclasses import dataclass
 
 import PIL.Image
 import torch
+import torch.nn as nn
+from diffusers import VQModel
 
 from .images import pad_to_multiple, to_pil, to_tensor, to_uint8
-from .metrics import CodebookUsage, psnr, ssim
-from .training.autoencoders import ReconstructionModel, bits_per_pixel, downsampling_factor
+from .metrics import CodebookUsage, bits_per_pixel, psnr, ssim
+from .models.autoencoder_pq import PQModel
+from .training.autoencoders import downsampling_factor
+
+
+@dataclass
+class EncodedPictures:
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(B, 3, H, W)`): The reconstruction, about [-1, 1].
+        latents (`torch.Tensor` of shape `(B, d, h, w)`): As encoded, before quantisation.
+        codes (`torch.LongTensor` of shape `(B, S, h, w)`, *optional*): The codes, `None` without a quantiser.
+    """
+
+    sample: torch.Tensor
+    latents: torch.Tensor
+    codes: torch.LongTensor | None = None
 
 
 @dataclass
@@ -27,19 +44,54 @@ class PictureReconstruction:
 
 
 @torch.no_grad()
-def reconstruct_picture(model: torch.nn.Module, picture: PIL.Image.Image) -> PictureReconstruction:
+def reconstruct(model: nn.Module, images: torch.Tensor) -> EncodedPictures:
+    """
+    Encode and decode pictures `[B, 3, H, W]` in [-1, 1] with any image autoencoder of diffusers. Of a distribution of
+    latents the mode is decoded.
+    """
+    encoded = model.encode(images)
+    if "latent_dist" in encoded:
+        latents = encoded.latent_dist.mode()
+    else:
+        latents = encoded.latents if "latents" in encoded else encoded.latent
+    if isinstance(model, PQModel):
+        quantized = model.quantize(latents)
+        return EncodedPictures(model.decode(quantized.latents, quantize=False).sample, latents, quantized.codes)
+    codes = None
+    if isinstance(model, VQModel):
+        _, _, (_, _, indices) = model.quantize(latents)
+        codes = indices.view(len(latents), 1, *latents.shape[-2:])
+    return EncodedPictures(model.decode(latents).sample, latents, codes)
+
+
+def codebook_shape(model: nn.Module) -> tuple[int, int] | None:
+    """S and K of a model with codebooks."""
+    if isinstance(model, VQModel):
+        return 1, model.config.num_vq_embeddings
+    size = getattr(getattr(model, "quantizer", None), "codebook_size", None)
+    return None if size is None else (model.quantizer.num_subspaces, size)
+
+
+def stored_bits_per_pixel(model: nn.Module, output: EncodedPictures, images: torch.Tensor) -> float:
+    """[`~diffusers_pq.metrics.bits_per_pixel`] of what the model stores of pictures: codes, or else latents."""
+    if output.codes is None:
+        return bits_per_pixel(output.latents, images)
+    return bits_per_pixel(output.codes, images, codebook_shape(model)[1])
+
+
+def reconstruct_picture(model: nn.Module, picture: PIL.Image.Image) -> PictureReconstruction:
     """
     Encode and decode one RGB picture of any size; it is padded to a multiple of F and cropped back.
 
     Args:
-        model: A [`PQModel`] or [`AutoencoderKL`] in eval mode.
+        model (`nn.Module`): An image autoencoder of diffusers or a [`PQModel`], in eval mode.
         picture (`PIL.Image.Image`): 8-bit RGB; [`~diffusers_pq.images.load_image`] makes it.
     """
     original = to_tensor(picture).unsqueeze(0)
     height, width = original.shape[-2:]
     padded = pad_to_multiple(original, downsampling_factor(model)).to(model.device, model.dtype)
     started = time.perf_counter()
-    output = ReconstructionModel(model).eval()(padded)
+    output = reconstruct(model, padded)
     if padded.is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
@@ -48,7 +100,7 @@ def reconstruct_picture(model: torch.nn.Module, picture: PIL.Image.Image) -> Pic
     scores = {
         "psnr": float(psnr(*pair)),
         "ssim": float(ssim(*pair)),
-        "bits_per_pixel": bits_per_pixel(model) * padded[0, 0].numel() / (height * width),
+        "bits_per_pixel": stored_bits_per_pixel(model, output, original),
         "seconds": seconds,
     }
     if output.codes is not None:
@@ -57,10 +109,19 @@ def reconstruct_picture(model: torch.nn.Module, picture: PIL.Image.Image) -> Pic
     return PictureReconstruction(to_pil(sample[0]), scores, output.codes)
 
 
-def codebook_usage(model: torch.nn.Module, codes: list[torch.LongTensor]) -> dict[str, float]:
-    """Eq. 3 over the codes of several pictures of a [`PQModel`]."""
+def codebook_usage(model: nn.Module, codes: list[torch.LongTensor]) -> dict[str, float]:
+    """
+    The utilisation of Eq. 3 over several pictures.
+
+    Args:
+        model (`nn.Module`): The model with codebooks that made the codes.
+        codes (`list[torch.LongTensor]`): Each of shape `(B, S, h, w)`.
+
+    Returns:
+        `dict`: See [`~diffusers_pq.metrics.CodebookUsage.compute`].
+    """
     # Of these codes only, whatever other processes count.
-    usage = CodebookUsage(model.config.num_subspaces, model.config.codebook_size, sync_on_compute=False)
+    usage = CodebookUsage(*codebook_shape(model), sync_on_compute=False)
     for picture_codes in codes:
         usage.update(picture_codes)
     return usage.compute()

@@ -196,6 +196,9 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
 
         Returns:
             [`ProductQuantizerOutput`]: the quantised `latents`, the `codes` and the `loss` of Eq. 1.
+
+        Raises:
+            ValueError: see [`ProductQuantizer.forward`].
         """
         return self.quantizer(z)
 
@@ -219,6 +222,9 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
 
         Returns:
             [`~models.vae.DecoderOutput`] or `tuple`: Images of shape `(batch_size, out_channels, F*height, F*width)`.
+
+        Raises:
+            ValueError: see [`ProductQuantizer.forward`].
         """
         if quantize:
             z = self.quantizer(z).latents
@@ -239,12 +245,15 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         return self.decode(latents, quantize=False, return_dict=return_dict)
 
     def scale_latents(self, z: torch.Tensor) -> torch.Tensor:
-        """Latents as a denoiser sees them: normalised per channel if statistics are set, times `scaling_factor`."""
+        """
+        Latents `[B, d, h, w]` as a denoiser sees them: normalised per channel if `latents_mean` and `latents_std` are
+        set, times `scaling_factor`.
+        """
         mean, std = self._statistics(z)
         return (z - mean) / std * self.config.scaling_factor
 
     def unscale_latents(self, z: torch.Tensor) -> torch.Tensor:
-        """Inverse of [`~PQModel.scale_latents`]."""
+        """Inverse of [`~PQModel.scale_latents`], of the same shape."""
         mean, std = self._statistics(z)
         return z / self.config.scaling_factor * std + mean
 

@@ -102,15 +102,9 @@ def create_autoencoder(config_name_or_path: str, **overrides) -> nn.Module:
 
 
 def downsampling_factor(model: nn.Module) -> int:
-    """F: the ratio of image side to latent side."""
-    return 2 ** (len(model.config.block_out_channels) - 1)
-
-
-def bits_per_pixel(model: nn.Module) -> float:
-    """Bits per image pixel of the stored latents: whole bits per code, or 16 (float16) per continuous value."""
-    if isinstance(model, PQModel):
-        return model.bits_per_pixel
-    return model.config.latent_channels * 16 / downsampling_factor(model) ** 2
+    """F: the ratio of image side to latent side, of any image autoencoder of diffusers with levels."""
+    levels = model.config.get("block_out_channels") or model.config.encoder_block_out_channels
+    return 2 ** (len(levels) - 1)
 
 
 class ReconstructionModel(nn.Module):

@@ -121,6 +121,7 @@ def denoising_loss(
     latents: torch.Tensor,
     condition: torch.Tensor,
     snr_gamma: float | None = None,
+    channel_weights: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """
@@ -132,6 +133,7 @@ def denoising_loss(
         latents (`torch.Tensor` of shape `(B, d, h, w)`): See [`encode_latents`].
         condition (`torch.Tensor`): Token ids or class labels.
         snr_gamma (`float`, *optional*): Min-SNR weighting (Hang et al., 2023).
+        channel_weights (`torch.Tensor` of shape `(d,)`, *optional*): See [`channel_weights`]. Default: all alike.
         generator (`torch.Generator`, *optional*): Of noise and timesteps, on the CPU. Default: the global one of the
             latents' device.
 
@@ -153,7 +155,8 @@ def denoising_loss(
         target = scheduler.get_velocity(latents, noise, timesteps)
     else:
         raise ValueError(f'`prediction_type` must be "epsilon" or "v_prediction", but is {prediction_type!r}.')
-    loss = F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
+    loss = F.mse_loss(prediction, target, reduction="none").mean((2, 3))
+    loss = loss.mean(1) if channel_weights is None else (loss * channel_weights.to(loss)).mean(1)
     if snr_gamma is None:
         return loss
     snr = compute_snr(scheduler, timesteps)
@@ -170,8 +173,10 @@ class DenoiserTrainer:
         denoiser, optimizer, lr_scheduler: Prepared by the accelerator.
         scheduler (`DDPMScheduler`)
         snr_gamma (`float`, *optional*): See [`denoising_loss`].
-        max_grad_norm (`float`, *optional*), max_skipped_steps (`int`): See [`FiniteSteps`].
+        max_grad_norm (`float`, *optional*): See [`FiniteSteps`].
+        max_skipped_steps (`int`): See [`FiniteSteps`].
         ema (`EMAModel`, *optional*): Of the denoiser's `learned_parameters`.
+        channel_weights (`torch.Tensor`, *optional*): See [`denoising_loss`].
     """
 
     def __init__(
@@ -185,18 +190,21 @@ class DenoiserTrainer:
         max_grad_norm: float | None = None,
         max_skipped_steps: int = 10,
         ema: EMAModel | None = None,
+        channel_weights: torch.Tensor | None = None,
     ):
         self.accelerator = accelerator
         self.denoiser, self.optimizer, self.lr_scheduler = denoiser, optimizer, lr_scheduler
         self.scheduler = scheduler
         self.snr_gamma = snr_gamma
+        self.channel_weights = channel_weights
         self.steps = FiniteSteps(accelerator, max_grad_norm, max_skipped_steps)
         self.ema = ema
 
     def step(self, latents: torch.Tensor, condition: torch.Tensor) -> dict[str, torch.Tensor] | None:
         """Learn from one batch of latents; returns what to log, `None` while gradients are being accumulated."""
         with self.accelerator.accumulate(self.denoiser):
-            loss = denoising_loss(self.denoiser, self.scheduler, latents, condition, self.snr_gamma).mean()
+            weights = self.snr_gamma, self.channel_weights
+            loss = denoising_loss(self.denoiser, self.scheduler, latents, condition, *weights).mean()
             self.accelerator.backward(loss)
             self.steps.step(self.optimizer, self.denoiser.parameters())
             self.lr_scheduler.step()

@@ -33,6 +33,27 @@ def scale_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
+def channel_weights(vae: nn.Module, power: float) -> torch.Tensor | None:
+    """
+    Weights of the channels in a denoising loss, by how much the picture depends on them.
+
+    Normalisation brings all channels of a [`PQModel`] to variance 1, those that hardly change the picture too, and a
+    plain loss then spends a small denoiser on these. A channel's weight here is its standard deviation before
+    normalisation to the given power: 2 measures errors as unnormalised latents do.
+
+    Args:
+        vae: With the statistics of [`set_latent_statistics`].
+        power (`float`): 0 is the plain loss.
+
+    Returns:
+        `torch.Tensor` of shape `(d,)` and mean 1; `None` for equal weights, which an `AutoencoderKL` always has.
+    """
+    if power == 0 or not isinstance(vae, PQModel) or vae.config.latents_std is None:
+        return None
+    weights = torch.tensor(vae.config.latents_std) ** power
+    return weights / weights.mean()
+
+
 @torch.no_grad()
 def set_latent_statistics(vae: nn.Module, batches: Iterable[torch.Tensor]):
     """

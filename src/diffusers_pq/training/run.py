@@ -18,10 +18,10 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.configuration_utils import ConfigMixin
-from huggingface_hub import ModelCard, ModelCardData
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+from ..cards import build_card, hub_id, save_card
 from ..profiling import describe_machine, measure_peak_bytes, measure_seconds
 from .checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
 from .uploads import BestModel, HubUploads
@@ -78,6 +78,7 @@ class TrainingRun:
         self.checkpoint = _decide(accelerator, lambda: find_checkpoint(args.output_dir, args.resume_from_checkpoint))
         self.step = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
         self.uploads = None
+        self._scores = None
 
     def start(self):
         """Load the checkpoint, once everything is prepared, and open the logs."""
@@ -123,7 +124,8 @@ class TrainingRun:
         save_checkpoint(self.accelerator, self.args.output_dir, self.step, self.args.checkpoints_total_limit)
 
     def log_scores(self, scores: dict[str, float]):
-        """Log what a validation found."""
+        """Log what a validation found, for the card too."""
+        self._scores = {"step": self.step} | scores
         self.accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=self.step)
         if self.accelerator.is_main_process:
             logger.info("step %d: %s", self.step, ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
@@ -142,7 +144,7 @@ class TrainingRun:
         """Let a model whose score is the best yet be saved, and start its upload; to be called by all processes."""
         is_main = self.accelerator.is_main_process
         if self.best.offer(save, scores, self.step, is_main) and self.uploads is not None:
-            write_card(self.best.folder, self.args)
+            write_card(self.best.folder, self.args, self.step, self._scores)
             self.uploads.start(self.best.folder, f"step {self.step}, the best yet")
 
     def finish(self, save: Callable[[Path], object]):
@@ -156,7 +158,7 @@ class TrainingRun:
         folder = Path(self.args.output_dir)
         save(folder)
         if self.accelerator.is_main_process:
-            write_card(folder, self.args)
+            write_card(folder, self.args, self.step, self._scores)
             if self.uploads is not None and not self.uploads.upload(folder, f"step {self.step}"):
                 logger.warning("Repeat it with `hf upload %s %s`.", self.uploads.repo_id, folder)
         self.accelerator.end_training()
@@ -199,15 +201,46 @@ def whole_module(accelerator: Accelerator, prepared: nn.Module, name: str) -> nn
     return copy
 
 
-def write_card(folder: Path, args: argparse.Namespace):
-    """A model card that says what the model was trained on, unless there is one already."""
+# In the template, beside what removing it means.
+_GENERATED = "<!-- Written by the training script"
+
+
+def write_card(folder: Path, args: argparse.Namespace, step: int, scores: dict[str, float] | None):
+    """
+    A model card with the settings and results of the run, unless there is one that somebody has edited.
+
+    Args:
+        folder (`Path`): With the trained model.
+        args (`argparse.Namespace`): Of the run.
+        step (`int`): After which the model was saved.
+        scores (`dict`, *optional*): Of the last validation, with its `step`.
+    """
     path = folder / "README.md"
-    if path.is_file():
+    if path.is_file() and _GENERATED not in path.read_text(encoding="utf-8"):
         return
     dataset = args.dataset_name or args.train_data_dir
-    metadata = ModelCardData(library_name="diffusers", tags=["diffusers", "diffusers_pq", "diffusers-training"])
-    text = f"Trained with `diffusers_pq` on {dataset}; `training_config.json` holds all settings of the run."
-    ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n# {folder.resolve().name}\n\n{text}\n").save(path)
+    names = ("pretrained_model_name_or_path", "backbone_name_or_path", "vae_name_or_path")
+    metadata = {
+        "base_model": [base for name in names if (base := hub_id(getattr(args, name, None)))] or None,
+        "datasets": [args.dataset_name] if hub_id(args.dataset_name) else None,
+        "tags": ["diffusers", "diffusers_pq", "diffusers-training"],
+    }
+    validation = {"dataset": dataset, "scores": {"this model": scores}}
+    validation["note"] = f"On {args.num_validation_images} pictures of the validation split, or as many as it has."
+    settings = {name: value for name, value in _settings(args).items() if value is not None}
+    card = build_card(
+        folder,
+        Path(args.hub_model_id or args.output_dir).name,
+        args.hub_model_id if args.push_to_hub and args.hub_model_id else str(folder),
+        metadata,
+        validation if scores is not None else None,
+        is_generated=True,
+        summary=f"Trained with `diffusers_pq` on {dataset}.",
+        training=f"{step} of {args.max_train_steps} steps, with these settings:",
+        recipes={"Settings": yaml.safe_dump(settings, sort_keys=False).strip()},
+        base=args.pretrained_model_name_or_path,
+    )
+    save_card(card, folder)
 
 
 def dry_run(

@@ -136,7 +136,8 @@ class AutoencoderTrainer:
 
     Args:
         accelerator (`Accelerator`)
-        model ([`ReconstructionModel`]), optimizer, lr_scheduler: Prepared by the accelerator.
+        model ([`ReconstructionModel`]): Prepared by the accelerator.
+        optimizer, lr_scheduler: Likewise prepared.
         losses ([`AutoencoderLoss`])
         discriminator, d_optimizer, d_scheduler (*optional*): Likewise prepared.
         max_grad_norm (`float`, *optional*): Of the model's gradients; `None` does not clip.

@@ -100,6 +100,7 @@ class DenoisingValidation:
         vae: See [`encode_latents`].
         scheduler (`DDPMScheduler`)
         batch_size (`int`): Per process.
+        channel_weights (`torch.Tensor`, *optional*): See [`denoising_loss`].
     """
 
     def __init__(
@@ -110,9 +111,11 @@ class DenoisingValidation:
         vae: nn.Module,
         scheduler: DDPMScheduler,
         batch_size: int,
+        channel_weights: torch.Tensor | None = None,
     ):
         self.accelerator = accelerator
         self.vae = vae
+        self.channel_weights = channel_weights
         self.scheduler = scheduler
         rows, self.count = _share_out(rows, accelerator)
         examples = [transform(row, random.Random(number)) for number, row in enumerate(rows)]
@@ -130,7 +133,8 @@ class DenoisingValidation:
         for batch in self.loader:
             latents = scale_latents(self.vae, encode_latents(self.vae, batch["pixel_values"]))
             tokens = batch["input_ids"].to(device)
-            losses = denoising_loss(denoiser, self.scheduler, latents, tokens, generator=generator)
+            weights = {"channel_weights": self.channel_weights}
+            losses = denoising_loss(denoiser, self.scheduler, latents, tokens, **weights, generator=generator)
             mean.update(losses[:remaining])
             remaining = max(0, remaining - len(losses))
         denoiser.train(was_training)

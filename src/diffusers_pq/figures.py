@@ -1,0 +1,92 @@
+"""Reconstructions side by side, with what they got wrong (the form of Figures 1 and 7)."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .images import to_tensor
+
+
+# How far apart the boxes lie that are tried, in pixels.
+_STRIDE = 8
+
+
+def difference_map(picture: PIL.Image.Image, original: PIL.Image.Image) -> np.ndarray:
+    """|picture - original|, averaged over the colours, in 0 ... 255: float32 `[H, W]`."""
+    return (to_tensor(picture) - to_tensor(original)).abs().mean(0).numpy() * 127.5
+
+
+def most_different_box(
+    original: PIL.Image.Image, reconstructions: list[PIL.Image.Image], side: int
+) -> tuple[int, int, int, int]:
+    """
+    The square in which the differences of the reconstructions to the original differ most from each other; that with
+    the largest difference if there is only one reconstruction.
+
+    Args:
+        original (`PIL.Image.Image`): 8-bit RGB.
+        reconstructions (`list[PIL.Image.Image]`): Of the same size.
+        side (`int`): Of the square, in pixels; at most the picture's shorter side is taken.
+
+    Returns:
+        `tuple`: left, top, right and bottom, in pixels.
+    """
+    side = min(side, *original.size)
+    maps = torch.stack([torch.from_numpy(difference_map(picture, original)) for picture in reconstructions])
+    sums = F.avg_pool2d(maps.unsqueeze(1), side, stride=_STRIDE).squeeze(1)
+    spread = sums.amax(0) - sums.amin(0) if len(sums) > 1 else sums[0]
+    row, column = divmod(int(spread.argmax()), spread.shape[1])
+    left, top = column * _STRIDE, row * _STRIDE
+    return left, top, left + side, top + side
+
+
+def draw_reconstructions(
+    originals: Mapping[str, PIL.Image.Image],
+    reconstructions: Mapping[str, Mapping[str, PIL.Image.Image]],
+    boxes: Mapping[str, tuple[int, int, int, int]],
+    titles: Mapping[str, Mapping[str, str]],
+    amplification: float = 4.0,
+) -> Figure:
+    """
+    Three rows for each picture: whole, a crop, and the crop's differences to the original. The first column is the
+    original, each further one a model.
+
+    Args:
+        originals (`Mapping`): Pictures by their names, 8-bit RGB.
+        reconstructions (`Mapping`): model -> picture -> reconstruction, of the original's size.
+        boxes (`Mapping`): picture -> left, top, right and bottom of the crop.
+        titles (`Mapping`): model -> picture -> what to write above, such as the PSNR.
+        amplification (`float`): Differences of 255 over this are white; the scale is the same for all models.
+    """
+    columns = len(reconstructions) + 1
+    heights = [ratio for picture in originals.values() for ratio in (picture.height / picture.width, 1, 1)]
+    figure = Figure(figsize=(3 * columns, 3.2 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (name, original) in enumerate(originals.items()):
+        wholes, details, differences = axes[3 * row : 3 * row + 3]
+        pictures = {"original": original} | {model: found[name] for model, found in reconstructions.items()}
+        left, top, right, bottom = boxes[name]
+        for column, (model, picture) in enumerate(pictures.items()):
+            wholes[column].imshow(picture)
+            wholes[column].set_title(f"{name}: {titles[model][name] if column else model}", fontsize=9)
+            outline = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="red")
+            wholes[column].add_patch(outline)
+            detail = picture.crop(boxes[name])
+            details[column].imshow(detail, interpolation="nearest")
+            if column == 0:
+                continue
+            error = difference_map(detail, original.crop(boxes[name]))
+            shown = differences[column].imshow(
+                error, cmap="magma", vmin=0, vmax=255 / amplification, interpolation="nearest"
+            )
+            differences[column].set_title(f"|difference| x {amplification:g}, mean {error.mean():.1f}", fontsize=8)
+        scale = differences[0].inset_axes((0.1, 0.5, 0.8, 0.06))
+        figure.colorbar(shown, cax=scale, orientation="horizontal", extend="max", label="|difference|, of 255")
+    return figure
