@@ -25,6 +25,7 @@ eval_ = [
     "torchvision>=0.21",
     "datasets>=5.2",
     "tqdm>=4.66",
+    "pandas>=2.2",
     "matplotlib>=3.9",
     "scikit-image>=0.24",
     "scikit-learn>=1.5",

@@ -3,8 +3,8 @@
 
     python benchmarks/sweep_figures.py runs/sweep
 
-Writes sweep.json, sweep_quality.png and sweep_utilisation.png, named after the sweep's folder, and prints tables. It
-can be called while the sweep is running.
+Writes sweep.json, sweep_quality.png and sweep_utilisation.png, named after the sweep's folder, and prints tables. The
+figures can be drawn while the sweep is running.
 """
 
 import argparse

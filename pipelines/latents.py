@@ -17,7 +17,9 @@ _PIPELINE_CODE = """try:
 except ModuleNotFoundError as error:
     if error.name != "diffusers_pq":
         raise
-    raise ImportError("{name} needs the Python package `diffusers_pq`, which is not installed: install it.") from error
+    raise ImportError(
+        "{name} needs the Python package `diffusers_pq`, which is not installed: install it."
+    ) from error
 """
 _VAE_CODE = "from diffusers_pq import PQModel  # noqa: F401\n"
 

@@ -247,6 +247,12 @@ def test_findings_are_seen_where_they_hold_and_not_elsewhere():
     assert not any(finding.seen for finding in check_findings(by_size)[2:5:2])
 
 
+@pytest.mark.parametrize("query, lacking", [("S > 1", "S = 1"), ("S != d / 2", "S = d/2"), ("K == 128", "d or K")])
+def test_findings_need_the_configurations_they_compare(query, lacking):
+    with pytest.raises(ValueError, match=f"lack .*{lacking}"):
+        check_findings(as_in_the_paper().query(query))
+
+
 def test_numbers_of_the_findings_are_right():
     table = by_share(as_in_the_paper(), "psnr")
     assert list(table.index) == ["1", "d/8", "d/4", "d/2", "d"] and list(table) == [8, 16, 32, 64]

@@ -3,4 +3,6 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "diffusers_pq":
         raise
-    raise ImportError("StableDiffusionPQPipeline needs the Python package `diffusers_pq`, which is not installed: install it.") from error
+    raise ImportError(
+        "StableDiffusionPQPipeline needs the Python package `diffusers_pq`, which is not installed: install it."
+    ) from error

@@ -34,6 +34,7 @@ _AXES = {
 _QUALITY = ("rfid", "psnr", "ssim", "cmmd", "lpips_alex", "lpips_vgg")
 _LATENTS = {"d": "latent_channels", "S": "num_subspaces", "K": "codebook_size", "bits_per_pixel": "bits_per_pixel"}
 _VQ = "1"  # the row of S = 1 in a table
+_NEEDED = (_VQ, "d/4", "d/2", "d")
 
 
 def read_sweep(output_dir: str | os.PathLike, evaluation: str | None = None) -> tuple[pd.DataFrame, list[dict]]:
@@ -81,13 +82,15 @@ def by_share(results: pd.DataFrame, column: str) -> pd.DataFrame:
     table = product.assign(divisor=product.d // product.S).pivot_table(column, index="divisor", columns="d")
     table = table.sort_index(ascending=False)
     table.index = ["d" if divisor == 1 else f"d/{divisor}" for divisor in table.index]
-    vector = results[results.S == 1].pivot_table(column, index="S", columns="d").set_axis([_VQ])
+    vector = results[results.S == 1].pivot_table(column, index="S", columns="d").rename(index={1: _VQ})
     return pd.concat([vector, table]).sort_index(axis="columns")
 
 
 def slope_per_doubling(row: pd.Series) -> float:
-    """Least-squares change of the values for twice the index."""
+    """Least-squares change of the values for twice the index; NaN of fewer than two values."""
     row = row.dropna()
+    if len(row) < 2:
+        return float("nan")
     return float(np.polyfit(np.log2(row.index.to_numpy(float)), row, 1)[0])
 
 
@@ -103,8 +106,17 @@ def check_findings(results: pd.DataFrame) -> list[Finding]:
 
     Args:
         results (`pd.DataFrame`): What [`read_sweep`] returns, with S = 1, d/4, d/2 and d, several d and several K.
+
+    Raises:
+        ValueError: if they are too few for that.
     """
     psnr = by_share(results, "psnr")
+    missing = [share for share in _NEEDED if share not in psnr.index]
+    if missing or results.d.nunique() < 2 or results.K.nunique() < 2:
+        raise ValueError(
+            f"Findings need S = {', '.join(_NEEDED)} at several d and K, but the {len(results)} configurations "
+            f"done lack {'S = ' + ', '.join(missing) if missing else 'a second d or K'}."
+        )
     slopes = psnr.apply(slope_per_doubling, axis="columns")
     whole = psnr.dropna(axis="columns").mean(axis="columns")
     gains = whole.diff().dropna()

@@ -133,7 +133,8 @@ def denoising_loss(
         latents (`torch.Tensor` of shape `(B, d, h, w)`): See [`encode_latents`].
         condition (`torch.Tensor`): Token ids or class labels.
         snr_gamma (`float`, *optional*): Min-SNR weighting (Hang et al., 2023).
-        channel_weights (`torch.Tensor` of shape `(d,)`, *optional*): See [`channel_weights`]. Default: all alike.
+        channel_weights (`torch.Tensor` of shape `(d,)`, *optional*):
+            Such as `latents.channel_weights` gives. Default: all alike.
         generator (`torch.Generator`, *optional*): Of noise and timesteps, on the CPU. Default: the global one of the
             latents' device.
 
