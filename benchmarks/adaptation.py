@@ -15,6 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffusers_pq.files import replacing, write_json
+
 
 # What the plot shows: the logs' name, a title, and over how many logged values it is averaged.
 CURVES = {
@@ -62,9 +64,9 @@ def main(args):
         runs[label] = {"config": config, **read_curves(Path(folder))}
         step, loss = min(runs[label]["validation/loss"], key=lambda entry: entry[1])
         print(f"{label}: lowest validation loss {loss:.4f} at step {step}")
-    plot(runs, args.output_dir / "adaptation.png")
-    record = {"date": datetime.date.today().isoformat(), "runs": runs}
-    (args.output_dir / "adaptation.json").write_text(json.dumps(record, indent=1) + "\n")
+    with replacing(args.output_dir / "adaptation.png") as unfinished:
+        plot(runs, unfinished)
+    write_json(args.output_dir / "adaptation.json", {"date": datetime.date.today().isoformat(), "runs": runs})
 
 
 if __name__ == "__main__":

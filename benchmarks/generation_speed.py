@@ -21,12 +21,8 @@ from diffusers_pq import PQModel, widen_unet
 from diffusers_pq.profiling import describe_machine, measure_peak_bytes, measure_seconds
 
 
-SD21_UNET = {
-    "sample_size": 96,
-    "attention_head_dim": (5, 10, 20, 20),
-    "cross_attention_dim": 1024,
-    "use_linear_projection": True,
-}
+# Of Stable Diffusion 2.1, but for the channels of the latents.
+SD21_UNET = UNet2DConditionModel.load_config("model_cards/pqsd-precise/unet") | {"in_channels": 4, "out_channels": 4}
 SD21_VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -101,7 +97,7 @@ def plot(rows, num_inference_steps, machine, path):
 
 def main(args):
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**SD21_UNET).eval()
+    unet = UNet2DConditionModel.from_config(SD21_UNET).eval()
     rows = {}
     for name in args.systems:
         autoencoder, pixels, paper_ratio = SYSTEMS[name]

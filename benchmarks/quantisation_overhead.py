@@ -11,7 +11,6 @@ compiled from the start, as it is in a long run; the overhead is the time of the
 
 import argparse
 import datetime
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from diffusers_pq import PQModel, ProductQuantizer
+from diffusers_pq.files import write_json
 from diffusers_pq.models import search
 from diffusers_pq.profiling import describe_machine, measure_seconds
 from diffusers_pq.sweep import grid
@@ -83,8 +83,7 @@ def main(args):
         "pixels": args.pixels,
         "configurations": rows,
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "quantisation_overhead.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(args.output_dir / "quantisation_overhead.json", record)
     table = pd.DataFrame(rows)
     draw_overhead(table, args.output_dir / "quantisation_overhead.png")
     print(table.to_string(index=False, float_format="{:.4g}".format))

@@ -32,7 +32,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_pq.bottlenecks import BOTTLENECKS, create_bottleneck, fit_quantizer, load_bottleneck
 from diffusers_pq.evaluation import EvaluationData, check_settings, describe_latents, evaluate_autoencoder
-from diffusers_pq.files import replacing
+from diffusers_pq.files import write_json, write_text
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.metrics import METRICS, load_metrics
 from diffusers_pq.photographs import load_photographs
@@ -142,7 +142,7 @@ def run_bottleneck(train_pqgan, name, config, args):
         "machine": describe_machine(accelerator.device.type),
     }
     if accelerator.is_main_process:
-        write(folder / "results.json", json.dumps(result, indent=2))
+        write_json(folder / "results.json", result)
     accelerator.wait_for_everyone()
 
 
@@ -191,19 +191,14 @@ def markdown_table(results):
     )
 
 
-def write(path, text):
-    with replacing(path) as unfinished:
-        unfinished.write_text(text.rstrip() + "\n")
-
-
 def main(args):
     train_pqgan = runpy.run_path(str(ROOT / "training_scripts" / "train_pqgan.py"))
     config = json.loads(Path(args.model_config).read_text())
     for name in args.bottlenecks:
         run_bottleneck(train_pqgan, name, config, args)
         results = read_results(args.runs_dir)
-        write(args.output_dir / "quantizer_comparison.json", json.dumps(results, indent=2))
-        write(args.output_dir / "quantizer_comparison.md", markdown_table(results))
+        write_json(args.output_dir / "quantizer_comparison.json", results)
+        write_text(args.output_dir / "quantizer_comparison.md", markdown_table(results).rstrip() + "\n")
     print(markdown_table(results))
 
 

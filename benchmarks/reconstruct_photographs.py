@@ -14,12 +14,11 @@ So, with the models of Figure 1:
 
 import argparse
 import datetime
-import json
 import statistics
 from pathlib import Path
 
 from diffusers_pq.figures import draw_reconstructions, most_different_box
-from diffusers_pq.files import replacing
+from diffusers_pq.files import replacing, write_json
 from diffusers_pq.images import load_image
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.profiling import describe_machine
@@ -121,8 +120,7 @@ def main(args):
         "results": rows,
         "crops": boxes,
     }
-    with replacing(args.output_dir / "photographs.json") as unfinished:
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(args.output_dir / "photographs.json", record)
     with replacing(args.output_dir / "photographs.png") as unfinished:
         figure.savefig(unfinished, dpi=80)
     print(markdown_table(rows))

@@ -32,6 +32,13 @@ def test_any_mode_becomes_rgb(colours, tmp_path, mode):
         assert np.array_equal(np.asarray(loaded)[..., 0], colours[..., 0])
 
 
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    PIL.Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="bomb.png cannot be read as a picture: .*exceeds limit"):
+        load_image(tmp_path / "bomb.png")
+
+
 def test_transparency_becomes_white(tmp_path):
     PIL.Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)

@@ -24,7 +24,7 @@ from torchmetrics import MetricCollection
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from tqdm.auto import tqdm
 
-from .files import replacing
+from .files import write_json, write_text
 from .images import to_tensor, to_uint8
 from .metrics import METRICS, CodebookUsage, load_metrics
 from .profiling import describe_machine
@@ -352,8 +352,8 @@ def run_evaluation(
         "machine": f"{accelerator.num_processes} x {describe_machine(accelerator.device.type)}",
     }
     if accelerator.is_main_process:
-        _write(folder / "model-index.yml", model_index(result) + "\n")
-        _write(folder / RESULTS_FILE, json.dumps(result, indent=2) + "\n")
+        write_text(folder / "model-index.yml", model_index(result) + "\n")
+        write_json(folder / RESULTS_FILE, result)
     accelerator.wait_for_everyone()
     progress.remove()
     return result
@@ -394,7 +394,7 @@ def read_results(output_dir: str | os.PathLike) -> list[dict]:
 def write_table(output_dir: str | os.PathLike) -> str:
     """Write the table of all evaluations in a folder to its `results.md`, and return it."""
     table = results_table(read_results(output_dir))
-    _write(Path(output_dir, "results.md"), table)
+    write_text(Path(output_dir, "results.md"), table)
     return table
 
 
@@ -438,8 +438,3 @@ def _cell(row: dict, name: str, spec: str) -> str:
     if isinstance(row[name], str):  # as the paper prints it
         return row[name]
     return "n/a" if row[name] is None else format(row[name], spec)
-
-
-def _write(path: Path, text: str):
-    with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,3 +21,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str):
+    """Write a UTF-8 file as [`replacing`] does."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value):
+    """Write a JSON file as [`replacing`] does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -17,14 +17,14 @@ def load_image(path: str | os.PathLike) -> PIL.Image.Image:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no picture or is damaged.
+        ValueError: if the file is no picture, damaged, or so large that Pillow takes it for an attack.
     """
     try:
         with PIL.Image.open(path) as picture:
             return to_rgb(picture)
     except FileNotFoundError:
         raise FileNotFoundError(f"No such picture: {path}") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 

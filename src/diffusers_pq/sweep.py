@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 
 from .evaluation import read_results
-from .files import replacing
+from .files import write_json
 
 
 logger = logging.getLogger(__name__)
@@ -249,8 +249,7 @@ class Sweep:
     def _train_and_evaluate(self, configuration: Configuration, claim: Claim):
         folder = self.folder(configuration)
         config = folder / "model_config.json"
-        with replacing(config) as unfinished:
-            unfinished.write_text(json.dumps(self.model_config_of(configuration), indent=2) + "\n", encoding="utf-8")
+        write_json(config, self.model_config_of(configuration))
         train = ["--model_config_name_or_path", config, "--output_dir", folder, "--resume_from_checkpoint", "latest"]
         self._call([*self.train_command, *train], folder / "log.txt", claim)
         for command in self.evaluation_commands:
