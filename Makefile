@@ -2,9 +2,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test quality style docs space test-space train-mini train-pqsd-mini sweep-mini benchmarks
+.PHONY: install demo test quality style docs space test-space train-mini train-pqsd-mini train-ldm-mini sweep-mini benchmarks
 
-# Which mini model `make train-mini` trains: pq, vq or kl.
+# Which mini model `make train-mini` trains, and `make train-ldm-mini` trains on: pq, vq or kl.
 MINI ?= pq
 
 # Installs once, and again when the requirements change.
@@ -91,6 +91,12 @@ train-pqsd-mini: install data/stamps data/stamps-codes runs/sd-mini-untrained
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-zero --unet_init zero $(TWO_STAGES) --max_train_steps 800
 	$(BIN)/python benchmarks/adaptation.py --runs copy=runs/pqsd-mini copy_scaled=runs/pqsd-mini-copy_scaled \
 		zero=runs/pqsd-mini-zero "from scratch=runs/pqsd-mini-random"
+
+# Table 5 in small: class-conditional latent diffusion of stamps on the latents of a mini model.
+train-ldm-mini: install data/stamps
+	$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/train_ldm.py \
+		--config training_scripts/recipes/ldm-mini.yaml --vae_name_or_path model_cards/pqgan-mini-f8-$(MINI) \
+		--output_dir runs/ldm-mini-$(MINI)
 
 # Nothing else should run beside them. On 2 cores the second takes about an hour, the others some ten minutes each.
 benchmarks: install data/debian-tiles

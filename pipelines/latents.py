@@ -24,7 +24,37 @@ except ModuleNotFoundError as error:
 _VAE_CODE = "from diffusers_pq import PQModel  # noqa: F401\n"
 
 
-class PQLatentsMixin:
+class ImportedByCodeMixin:
+    """
+    Put before a pipeline of diffusers, lets diffusers itself load what it saves: by code beside it that imports the
+    classes from `diffusers_pq`.
+    """
+
+    def to_json_file(self, json_file_path: str | os.PathLike):
+        """
+        Write `model_index.json` and, beside it, the code by which `DiffusionPipeline.from_pretrained` finds this class
+        and the `PQModel` with `trust_remote_code=True`. It only imports them; `diffusers_pq` must be installed.
+        diffusers prefers it to a `custom_pipeline`: load sibling pipelines by their own classes.
+        """
+        path = Path(json_file_path)
+        config = json.loads(self.to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        path.with_name("pipeline.py").write_text(_PIPELINE_CODE.format(name=type(self).__name__), encoding="utf-8")
+        if config["vae"] == ["diffusers_pq", "PQModel"]:
+            vae_path = path.with_name("vae") / "diffusers_pq.py"
+            vae_path.parent.mkdir(exist_ok=True)
+            vae_path.write_text(_VAE_CODE, encoding="utf-8")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        # This class is at hand already: no code that came with the files is run.
+        config = super()._dict_from_json_file(json_file) | {"_class_name": cls.__name__}
+        if config.get("vae") == ["diffusers_pq", "PQModel"]:
+            config["vae"] = [PQModel.__module__, "PQModel"]
+        return config
+
+
+class PQLatentsMixin(ImportedByCodeMixin):
     """
     Put before a Stable Diffusion pipeline of diffusers, makes it work on the normalised latents of a [`PQModel`].
 
@@ -42,28 +72,6 @@ class PQLatentsMixin:
     def _get_signature_types(cls) -> dict[str, tuple]:
         # What `from_pipe` accepts: the parent's signature names `AutoencoderKL`.
         return super()._get_signature_types() | {"vae": (PQModel,)}
-
-    def to_json_file(self, json_file_path: str | os.PathLike):
-        """
-        Write `model_index.json` and, beside it, the code by which `DiffusionPipeline.from_pretrained` finds this class
-        and the `PQModel` with `trust_remote_code=True`. It only imports them; `diffusers_pq` must be installed.
-        diffusers prefers it to a `custom_pipeline`: load sibling pipelines by their own classes.
-        """
-        path = Path(json_file_path)
-        config = json.loads(self.to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        path.with_name("pipeline.py").write_text(_PIPELINE_CODE.format(name=type(self).__name__), encoding="utf-8")
-        vae_path = path.with_name("vae") / "diffusers_pq.py"
-        vae_path.parent.mkdir(exist_ok=True)
-        vae_path.write_text(_VAE_CODE, encoding="utf-8")
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
-        # This class is at hand already: no code that came with the files is run.
-        config = super()._dict_from_json_file(json_file) | {"_class_name": cls.__name__}
-        if config.get("vae") == ["diffusers_pq", "PQModel"]:
-            config["vae"] = [PQModel.__module__, "PQModel"]
-        return config
 
     def enable_vae_tiling(self):
         """As `vae.enable_tiling()`; diffusers' own pipelines have lost this method in version 0.40 or before."""

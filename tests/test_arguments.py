@@ -64,10 +64,11 @@ def test_a_missing_recipe_is_named(parser, capsys):
 
 
 TRAIN_PQSD = "training_scripts/train_pqsd.py"
+SCRIPTS = {"pqgan": "training_scripts/train_pqgan.py", "ldm": "training_scripts/train_ldm.py"}
 
 
 def parse_recipe(recipe, *needed):
-    script = runpy.run_path("training_scripts/train_pqgan.py" if "pqgan" in recipe.stem else TRAIN_PQSD)
+    script = runpy.run_path(SCRIPTS.get(recipe.stem.split("-")[0], TRAIN_PQSD))
     return script["parse_args"](["--config", str(recipe), *needed])
 
 
@@ -78,6 +79,13 @@ def test_shipped_recipes_fit_their_scripts(recipe, monkeypatch):
         parse_recipe(recipe, "--model_config_name_or_path", "model_cards/pqgan-mini-f8-pq")
     elif recipe.stem == "sd-mini":
         parse_recipe(recipe, "--pretrained_model_name_or_path", "runs/sd-mini-untrained")
+    elif recipe.stem == "ldm-mini":
+        parse_recipe(recipe, "--vae_name_or_path", "model_cards/pqgan-mini-f8-pq")
+    elif recipe.stem.startswith("ldm"):
+        # Table 5
+        args = parse_recipe(recipe)
+        assert (args.resolution, args.train_batch_size, args.max_train_steps) == (256, 64, 2_000_000)
+        assert Path(args.model_config_name_or_path).exists()
     elif recipe.stem.startswith("pqsd"):
         # Table 4: a million steps after the 20,000 of the convolutions
         assert parse_recipe(recipe).max_train_steps == 1_020_000

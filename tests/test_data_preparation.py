@@ -36,6 +36,8 @@ def test_makes_an_image_folder_with_captions_and_credits(packages, tmp_path):
     assert set(rows) == {f"Animal number {number}." for number in range(30)} | {"Evening Glow"}
     assert rows["Evening Glow"].size == (80, 50), "the largest size, shrunk to the short side"
     assert rows["Animal number 7."].size == (47, 30), "small pictures keep their size"
+    categories = {row["category"] for split in dataset.values() for row in split if row["text"] != "Evening Glow"}
+    assert categories == {"animals"}
     assert "public domain" in (tmp_path / "data" / "CREDITS.txt").read_text()
 
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Encode a dataset's pictures once to packed codes of a PQModel, for `train_pqsd.py --latents_dir`.
+"""Encode a dataset's pictures once to packed codes of a PQModel, for `--latents_dir` of `train_pqsd.py` and
+`train_ldm.py`.
 
     accelerate launch training_scripts/encode_dataset.py --vae_name_or_path runs/pqgan-f8-768 \\
         --train_data_dir data/unsplash-full --resolution 768 --output_dir data/unsplash-codes
 
-Run it once for each resolution of the stages. An interrupted run goes on where it was.
+Run it once for each resolution that is trained at. An interrupted run goes on where it was.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import argparse
 from accelerate import Accelerator
 
 from diffusers_pq.training.autoencoders import load_pq_model
-from diffusers_pq.training.data import CaptionedCrops, load_images
+from diffusers_pq.training.data import ConditionedCrops, load_images
 from diffusers_pq.training.latent_cache import encode_dataset
 
 
@@ -23,7 +24,9 @@ def parse_args(argv=None):
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--train_data_dir")
     parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", default="text")
+    parser.add_argument(
+        "--caption_column", "--label_column", dest="condition_column", default="text", help="kept beside the codes"
+    )
     parser.add_argument("--cache_dir")
     parser.add_argument("--resolution", type=int, required=True)
     parser.add_argument("--min_image_side", type=int, help="smaller pictures are skipped; default: the resolution")
@@ -39,14 +42,14 @@ def main(args):
     accelerator = Accelerator()
     vae = load_pq_model(args.vae_name_or_path).to(accelerator.device)
     source = args.dataset_name, args.train_data_dir, args.image_column, "train", args.dataset_config_name
-    rows = load_images(*source, args.cache_dir, other_columns=(args.caption_column,))
+    rows = load_images(*source, args.cache_dir, other_columns=(args.condition_column,))
     if rows is None:
         raise ValueError("The dataset has no `train` split.")
-    crops = CaptionedCrops(
+    crops = ConditionedCrops(
         args.image_column, args.resolution, None, args.center_crop, args.random_flip, args.min_image_side
     )
     sizes = args.batch_size, args.rows_per_shard
-    counts = encode_dataset(vae, rows, crops, args.caption_column, args.output_dir, accelerator, *sizes)
+    counts = encode_dataset(vae, rows, crops, args.condition_column, args.output_dir, accelerator, *sizes)
     print(f"{args.output_dir}: {counts['written']} shards written, {counts['skipped']} pictures skipped")
 
 

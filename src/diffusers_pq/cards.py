@@ -109,9 +109,11 @@ def _describe(folder: Path, kind: str) -> dict[str, str | int]:
     vae = build_model(folder / "vae")
     rows = {"class": "LoRA layers and two convolutions"}
     if kind != _ADAPTER:
-        unet = build_model(folder / "unet")
-        side = unet.config.sample_size * downsampling_factor(vae)
-        rows = {"class": f"`{kind}`", "pictures": f"{side} x {side} pixels", "parameters of the UNet": _millions(unet)}
+        name, part = ("UNet", "unet") if (folder / "unet").is_dir() else ("transformer", "transformer")
+        denoiser = build_model(folder / part)
+        side = denoiser.config.sample_size * downsampling_factor(vae)
+        rows = {"class": f"`{kind}`", "pictures": f"{side} x {side} pixels"}
+        rows[f"parameters of the {name}"] = _millions(denoiser)
     return rows | {f"{label} of the autoencoder": value for label, value in _describe_autoencoder(vae).items()}
 
 

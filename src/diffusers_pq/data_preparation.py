@@ -36,10 +36,11 @@ _SKIPPED_NAMES = {"screenshot", "preview"}
 
 @dataclass
 class SourcePicture:
-    """A picture file, its caption and the package that its licence is stated in."""
+    """A picture file, its caption, its category and the package that its licence is stated in."""
 
     path: Path
     text: str
+    category: str
     package: str
 
 
@@ -66,7 +67,7 @@ def find_pictures(folder: Path) -> Iterator[SourcePicture]:
     The pictures below `folder`, in a fixed order, each motif once.
 
     The folder holds one unpacked Debian package in each sub-folder. A caption is line 1 of the `.txt` beside a stamp;
-    a wallpaper is captioned by its name.
+    a wallpaper is captioned by its name. The category of a stamp is its folder, such as `animals`.
     """
     for package in sorted(path for path in folder.iterdir() if path.is_dir()):
         motifs = {}
@@ -78,7 +79,7 @@ def find_pictures(folder: Path) -> Iterator[SourcePicture]:
             if motif not in motifs or path.stat().st_size > motifs[motif].stat().st_size:
                 motifs[motif] = path
         for motif, path in sorted(motifs.items()):
-            yield SourcePicture(path, _caption(path, motif), package.name)
+            yield SourcePicture(path, _caption(path, motif), _category(path), package.name)
 
 
 def _motif(path: Path) -> str:
@@ -97,6 +98,11 @@ def _caption(path: Path, motif: str) -> str:
     return re.sub(r"[-_]+", " ", words).strip()
 
 
+def _category(path: Path) -> str:
+    parts = path.parts
+    return parts[parts.index("stamps") + 1] if "stamps" in parts[:-2] else "wallpapers"
+
+
 def _is_validation(picture: SourcePicture, share: float) -> bool:
     # By name, not by position, so that a picture stays on its side when the packages change.
     digest = hashlib.sha256(f"{picture.package}/{picture.path.name}".encode()).digest()
@@ -113,7 +119,7 @@ def prepare_dataset(
     pad_to_square: bool = False,
 ) -> dict[str, int]:
     """
-    Write a Hugging Face `imagefolder` dataset with the columns `image`, `text` and `source`.
+    Write a Hugging Face `imagefolder` dataset with the columns `image`, `text`, `category` and `source`.
 
     Args:
         output_dir: Written whole or not at all; must not exist.
@@ -192,7 +198,8 @@ def _write_dataset(
         for tile_number, tile in enumerate(_tiles(image, tile_size)):
             file_name = f"{number:05d}.png" if tile_size is None else f"{number:05d}-{tile_number:03d}.png"
             save_image(tile, folder / split / file_name)
-            rows[split].append({"file_name": file_name, "text": picture.text, "source": picture.package})
+            line = {"file_name": file_name, "text": picture.text, "category": picture.category}
+            rows[split].append(line | {"source": picture.package})
     for split, lines in rows.items():
         if lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

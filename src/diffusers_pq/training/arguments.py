@@ -70,6 +70,33 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser):
     return optim
 
 
+def add_denoising_arguments(data, optim, run):
+    """Flags of `train_denoiser`, for the groups that the other functions return."""
+    data.add_argument(
+        "--latents_dir", help="what `encode_dataset.py` wrote; pictures are then read for validation only"
+    )
+    data.add_argument("--center_crop", action=argparse.BooleanOptionalAction, default=False)
+    data.add_argument(
+        "--num_statistics_images",
+        type=int,
+        default=1000,
+        help="pictures that the latents' mean and std are taken of; 0 keeps those in the autoencoder's config",
+    )
+    optim.add_argument("--train_batch_size", type=int, default=8, help="pictures per process and step")
+    optim.add_argument("--adam_beta1", type=float, default=0.9)
+    optim.add_argument("--adam_beta2", type=float, default=0.999)
+    optim.add_argument("--adam_weight_decay", type=float, default=1e-2)
+    optim.add_argument("--max_grad_norm", type=float, default=1.0)
+    optim.add_argument("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual")
+    optim.add_argument(
+        "--channel_weighting",
+        type=float,
+        default=0.0,
+        help="weigh each latent channel's loss by its standard deviation to this power; 0: all alike, as the paper",
+    )
+    run.add_argument("--num_validation_images", type=int, default=256, help="of the validation loss")
+
+
 def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str, steps: int):
     """Flags of output, logging, checkpoints and the Hub; `steps` is the default of all intervals but the logs'."""
     run = parser.add_argument_group("run")

@@ -1,9 +1,10 @@
-"""Pictures and captions of any Hugging Face dataset, image folder, set of parquet files or webdataset tars."""
+"""Pictures, captions and classes of any Hugging Face dataset, image folder, parquet files or webdataset tars."""
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import PIL.Image
@@ -147,15 +148,86 @@ class Prompts:
 
 
 @dataclass
-class CaptionedCrops:
+class ClassLabels:
     """
-    Makes a training example of a picture and its caption: a row of a dataset to `pixel_values` `[3, R, R]` in [-1, 1]
-    and `input_ids` `[L]`. The picture is resized, its proportions kept, until its shorter side is R; then cropped.
+    Makes a class label, a scalar tensor, of a row.
+
+    Args:
+        label_column (`str`): Holds labels or names of classes.
+        names (`Sequence[str]`): Of the classes; label i is the i-th.
+        proportion_empty_labels (`float`): Share of the labels that are replaced by the one after the last, which
+            stands for no class; for classifier-free guidance.
+
+    Raises:
+        ValueError: on a row of an unknown class.
+    """
+
+    label_column: str
+    names: Sequence[str]
+    proportion_empty_labels: float = 0.0
+
+    def __post_init__(self):
+        self._labels = {name: label for label, name in enumerate(self.names)}
+
+    def __call__(self, row: dict, generator: random.Random) -> torch.LongTensor:
+        value = row[self.label_column]
+        label = self._labels.get(value) if isinstance(value, str) else value
+        if label is None or not 0 <= label < len(self.names):
+            raise ValueError(
+                f"A row has the class {value!r} in the column {self.label_column!r}, which is none of the "
+                f"{len(self.names)} classes ({', '.join(self.names[:5])}, ...)."
+            )
+        if generator.random() < self.proportion_empty_labels:
+            label = len(self.names)
+        return torch.tensor(label)
+
+
+def class_names(
+    dataset: datasets.Dataset | datasets.IterableDataset, label_column: str, names_file: str | None = None
+) -> list[str]:
+    """
+    The names of a dataset's classes; label i is the i-th.
+
+    Args:
+        dataset: What [`load_images`] returns.
+        label_column (`str`): Of type `ClassLabel`, or of strings or whole numbers.
+        names_file (`str`, *optional*): A text file with a name in each line. Default: the names of a `ClassLabel`; or
+            the column's strings in alphabetical order; or the numbers up to its largest.
+
+    Raises:
+        ValueError: if the file names a class twice, or a stream's column does not say what classes there are.
+    """
+    if names_file is not None:
+        names = Path(names_file).read_text(encoding="utf-8").splitlines()
+        if len(set(names)) < len(names):
+            raise ValueError(f"`--class_names_file` {names_file} names a class twice.")
+        return names
+    feature = dataset.features[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.names
+    if isinstance(dataset, datasets.IterableDataset):
+        raise ValueError(
+            f"The stream does not say what classes its column {label_column!r} has: give `--class_names_file`, a text "
+            "file with a name in each line."
+        )
+    values = dataset.unique(label_column)
+    if None in values:
+        raise ValueError(f"Some rows have no class in the column {label_column!r}.")
+    if all(isinstance(value, int) for value in values):
+        return [str(label) for label in range(max(values) + 1)]
+    return sorted(values)
+
+
+@dataclass
+class ConditionedCrops:
+    """
+    Makes a training example of a picture and its condition: a row of a dataset to `pixel_values` `[3, R, R]` in
+    [-1, 1] and `condition`. The picture is resized, its proportions kept, until its shorter side is R; then cropped.
 
     Args:
         image_column (`str`)
         resolution (`int`): R.
-        prompts ([`Prompts`], *optional*): `None` if only `pixel_values` are wanted.
+        condition ([`Prompts`] or [`ClassLabels`], *optional*): `None` if only `pixel_values` are wanted.
         center_crop (`bool`): Take the middle instead of a random part.
         random_flip (`bool`): Mirror half the pictures.
         min_image_side (`int`, *optional*): Pictures with a shorter side are bad. Default: R.
@@ -163,13 +235,13 @@ class CaptionedCrops:
 
     image_column: str
     resolution: int
-    prompts: Prompts | None
+    condition: Prompts | ClassLabels | None
     center_crop: bool = False
     random_flip: bool = False
     min_image_side: int | None = None
 
     def __call__(self, row: dict, generator: random.Random) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.pixel_values(row, generator), "input_ids": self.prompts(row, generator)}
+        return {"pixel_values": self.pixel_values(row, generator), "condition": self.condition(row, generator)}
 
     def pixel_values(self, row: dict, generator: random.Random) -> torch.Tensor:
         """The picture alone, `[3, R, R]`."""

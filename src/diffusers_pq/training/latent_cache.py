@@ -18,7 +18,7 @@ from ..files import replacing
 from ..models.autoencoder_pq import PQModel
 from ..models.quantizer import bits_per_code
 from .autoencoders import weights_digest
-from .data import BadImageError, Prompts
+from .data import BadImageError, ClassLabels, Prompts
 from .loaders import BadImages
 
 
@@ -43,14 +43,14 @@ def encode_dataset(
     vae: PQModel,
     dataset: datasets.Dataset,
     transform: Callable,
-    caption_column: str,
+    condition_column: str,
     output_dir: str | os.PathLike,
     accelerator: Accelerator,
     batch_size: int = 8,
     rows_per_shard: int = 1000,
 ) -> dict[str, int]:
     """
-    Write a dataset's codes and captions as parquet shards to `<output_dir>/<resolution>`.
+    Write a dataset's codes and captions or classes as parquet shards to `<output_dir>/<resolution>`.
 
     Shards are shared out among the processes. Each is written whole or not at all, and those that exist are left
     alone: an interrupted run goes on where it was.
@@ -58,8 +58,8 @@ def encode_dataset(
     Args:
         vae ([`PQModel`]): In eval mode, on the accelerator's device.
         dataset (`datasets.Dataset`): See [`load_images`].
-        transform ([`CaptionedCrops`]): Makes the pictures; its crops are drawn once for all epochs.
-        caption_column (`str`): Kept beside the codes.
+        transform ([`ConditionedCrops`]): Makes the pictures; its crops are drawn once for all epochs.
+        condition_column (`str`): Kept beside the codes as it is.
         output_dir: Of several resolutions of one dataset.
         accelerator (`Accelerator`)
         batch_size (`int`): Pictures that are encoded together.
@@ -74,7 +74,7 @@ def encode_dataset(
     folder = Path(output_dir) / str(transform.resolution)
     index = _index(vae, transform.resolution) | {"rows": len(dataset), "rows_per_shard": rows_per_shard}
     index |= {"center_crop": transform.center_crop, "random_flip": transform.random_flip}
-    index |= {"min_image_side": transform.min_image_side, "caption_column": caption_column}
+    index |= {"min_image_side": transform.min_image_side, "condition_column": condition_column}
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         _write_index(folder / _INDEX, index)
@@ -86,15 +86,15 @@ def encode_dataset(
         if path.is_file():
             continue
         rows = dataset.select(range(starts[number], min(starts[number] + rows_per_shard, len(dataset))))
-        shard = _encode_shard(vae, rows, starts[number], transform, caption_column, batch_size, bad_images)
+        shard = _encode_shard(vae, rows, starts[number], transform, condition_column, batch_size, bad_images)
         with replacing(path) as unfinished:
             shard.to_parquet(unfinished)
         written += 1
     return {"written": written, "skipped": int(bad_images.counts.sum())}
 
 
-def _encode_shard(vae, rows, first, transform, caption_column, batch_size, bad_images) -> datasets.Dataset:
-    pictures, captions, packed = [], [], []
+def _encode_shard(vae, rows, first, transform, condition_column, batch_size, bad_images) -> datasets.Dataset:
+    pictures, conditions, packed = [], [], []
 
     def encode_pictures():
         batch = torch.stack(pictures).to(vae.device, vae.dtype)
@@ -104,39 +104,40 @@ def _encode_shard(vae, rows, first, transform, caption_column, batch_size, bad_i
     for number, row in enumerate(rows, first):
         try:
             pictures.append(transform.pixel_values(row, random.Random(number)))
-            captions.append(row[caption_column])
+            conditions.append(row[condition_column])
         except BadImageError as error:
             bad_images.handle(error)
         if len(pictures) == batch_size:
             encode_pictures()
     if pictures:
         encode_pictures()
-    features = datasets.Features({"codes": datasets.Value("binary"), caption_column: rows.features[caption_column]})
-    return datasets.Dataset.from_dict({"codes": packed, caption_column: captions}, features=features)
+    kept = rows.features[condition_column]
+    features = datasets.Features({"codes": datasets.Value("binary"), condition_column: kept})
+    return datasets.Dataset.from_dict({"codes": packed, condition_column: conditions}, features=features)
 
 
 @dataclass
 class CachedCodes:
     """
-    Makes a training example of a cached row: `codes` `[S, h, w]` and `input_ids` `[L]`.
+    Makes a training example of a cached row: `codes` `[S, h, w]` and `condition`.
 
     Args:
         shape (`tuple[int, int, int]`): S, h and w.
         codebook_size (`int`): K.
-        prompts ([`Prompts`])
+        condition ([`Prompts`] or [`ClassLabels`])
     """
 
     shape: tuple[int, int, int]
     codebook_size: int
-    prompts: Prompts
+    condition: Prompts | ClassLabels
 
     def __call__(self, row: dict, generator: random.Random) -> dict[str, torch.Tensor]:
         codes = unpack_codes(row["codes"], self.shape, self.codebook_size)
-        return {"codes": codes, "input_ids": self.prompts(row, generator)}
+        return {"codes": codes, "condition": self.condition(row, generator)}
 
 
 def load_cached_codes(
-    latents_dir: str | os.PathLike, resolution: int, vae: PQModel, prompts: Prompts
+    latents_dir: str | os.PathLike, resolution: int, vae: PQModel, condition: Prompts | ClassLabels
 ) -> tuple[datasets.Dataset, CachedCodes]:
     """
     The rows that [`encode_dataset`] wrote for a resolution, and the transform that makes examples of them.
@@ -155,7 +156,7 @@ def load_cached_codes(
     if len(shards) != expected:
         raise FileNotFoundError(f"{folder} has {len(shards)} of {expected} shards: run the encoding to its end.")
     side = resolution // vae.downsampling_factor
-    transform = CachedCodes((vae.config.num_subspaces, side, side), vae.config.codebook_size, prompts)
+    transform = CachedCodes((vae.config.num_subspaces, side, side), vae.config.codebook_size, condition)
     return datasets.load_dataset("parquet", data_files=shards, split="train"), transform
 
 

@@ -14,7 +14,7 @@ def encode_latents(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Encode pictures.
 
     Args:
-        vae: A [`PQModel`], or an `AutoencoderKL`, whose posterior is sampled.
+        vae: A [`PQModel`] or another image autoencoder of diffusers; a distribution of latents is sampled.
         images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1], any float dtype.
 
     Returns:
@@ -23,14 +23,35 @@ def encode_latents(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     images = images.to(vae.device, vae.dtype)
     if isinstance(vae, PQModel):
         return vae.quantize(vae.encode(images).latents).latents.float()
-    return vae.encode(images).latent_dist.sample().float()
+    encoded = vae.encode(images)
+    if "latent_dist" in encoded:
+        return encoded.latent_dist.sample().float()
+    return (encoded.latents if "latents" in encoded else encoded.latent).float()
 
 
 def scale_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """What [`encode_latents`] returns as a denoiser sees it: normalised by the statistics in the config."""
     if isinstance(vae, PQModel):
         return vae.scale_latents(latents)
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
+def decode_latents(vae: nn.Module, latents: torch.Tensor, quantize: bool = True) -> torch.Tensor:
+    """
+    Pictures of what a denoiser makes, the inverse of [`encode_latents`] and [`scale_latents`].
+
+    Args:
+        vae: See [`encode_latents`].
+        latents (`torch.Tensor` of shape `(B, d, h, w)`): Normalised.
+        quantize (`bool`): Whether a [`PQModel`] snaps them to its codebooks first.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, F*h, F*w)`, about [-1, 1].
+    """
+    latents = latents.to(vae.dtype)
+    if isinstance(vae, PQModel):
+        return vae.decode(vae.unscale_latents(latents), quantize=quantize).sample
+    return vae.decode(latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)).sample
 
 
 def channel_weights(vae: nn.Module, power: float) -> torch.Tensor | None:
@@ -58,7 +79,7 @@ def channel_weights(vae: nn.Module, power: float) -> torch.Tensor | None:
 def set_latent_statistics(vae: nn.Module, batches: Iterable[torch.Tensor]):
     """
     Set an autoencoder's config so that a denoiser sees latents of variance 1: mean and standard deviation of each
-    channel of a [`PQModel`] (its latents have many channels of unlike scale), `scaling_factor` of an `AutoencoderKL`.
+    channel of a [`PQModel`] (its latents have many channels of unlike scale), `scaling_factor` of others.
 
     Args:
         vae: Changed in place.
@@ -77,4 +98,5 @@ def set_latent_statistics(vae: nn.Module, batches: Iterable[torch.Tensor]):
         vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
     else:
         variance = squares.sum() / (count * len(mean)) - mean.mean().square()
-        vae.register_to_config(shift_factor=None, scaling_factor=float(variance.rsqrt()))
+        shift = {"shift_factor": None} if "shift_factor" in vae.config else {}
+        vae.register_to_config(**shift, scaling_factor=float(variance.rsqrt()))

@@ -238,7 +238,7 @@ def write_card(folder: Path, args: argparse.Namespace, step: int, scores: dict[s
         summary=f"Trained with `diffusers_pq` on {dataset}.",
         training=f"{step} of {args.max_train_steps} steps, with these settings:",
         recipes={"Settings": yaml.safe_dump(settings, sort_keys=False).strip()},
-        base=args.pretrained_model_name_or_path,
+        base=getattr(args, "pretrained_model_name_or_path", None),
     )
     save_card(card, folder)
 

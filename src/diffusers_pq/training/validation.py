@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -96,9 +96,9 @@ class DenoisingValidation:
     Args:
         accelerator (`Accelerator`): The pictures are shared out among its processes.
         rows (`list[dict]`): What [`usable_rows`] returns, the same in every process.
-        transform: Makes an example from a row and a `random.Random`, such as [`CaptionedCrops`].
+        transform: Makes an example from a row and a `random.Random`, such as [`ConditionedCrops`].
         vae: See [`encode_latents`].
-        scheduler (`DDPMScheduler`)
+        scheduler: See [`denoising_loss`].
         batch_size (`int`): Per process.
         channel_weights (`torch.Tensor`, *optional*): See [`denoising_loss`].
     """
@@ -109,7 +109,7 @@ class DenoisingValidation:
         rows: list[dict],
         transform: Callable,
         vae: nn.Module,
-        scheduler: DDPMScheduler,
+        scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
         batch_size: int,
         channel_weights: torch.Tensor | None = None,
     ):
@@ -132,9 +132,9 @@ class DenoisingValidation:
         remaining = self.count
         for batch in self.loader:
             latents = scale_latents(self.vae, encode_latents(self.vae, batch["pixel_values"]))
-            tokens = batch["input_ids"].to(device)
+            condition = batch["condition"].to(device)
             weights = {"channel_weights": self.channel_weights}
-            losses = denoising_loss(denoiser, self.scheduler, latents, tokens, **weights, generator=generator)
+            losses = denoising_loss(denoiser, self.scheduler, latents, condition, **weights, generator=generator)
             mean.update(losses[:remaining])
             remaining = max(0, remaining - len(losses))
         denoiser.train(was_training)
