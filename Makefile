@@ -76,8 +76,9 @@ data/stamps-codes: | install data/stamps
 TRAIN_PQSD = $(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/train_pqsd.py \
 	--config training_scripts/recipes/sd-mini.yaml
 ADAPT_PQSD = $(TRAIN_PQSD) --pretrained_model_name_or_path runs/sd-mini --latents_dir data/stamps-codes \
-	--vae_name_or_path model_cards/pqgan-mini-f8-pq --lr_scheduler constant_with_warmup --channel_weighting 1
-TWO_STAGES = --stages "128:200:5e-4:conv 128:3800:5e-4:all"
+	--vae_name_or_path model_cards/pqgan-mini-f8-pq --lr_scheduler constant_with_warmup --channel_weighting 1 \
+	--noise_shift 2 --rescale_betas_zero_snr
+TWO_STAGES = --stages "128:200:5e-4:conv 128:3000:5e-4:all 128:800:1e-4:all"
 
 runs/sd-mini-untrained: | install data/stamps
 	$(BIN)/python training_scripts/create_stable_diffusion.py --train_data_dir data/stamps --output_dir $@ \
@@ -86,11 +87,12 @@ runs/sd-mini-untrained: | install data/stamps
 train-pqsd-mini: install data/stamps data/stamps-codes runs/sd-mini-untrained
 	$(TRAIN_PQSD) --pretrained_model_name_or_path runs/sd-mini-untrained --train_text_encoder --output_dir runs/sd-mini
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini $(TWO_STAGES)
-	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-random --unet_init random --stages "128:4000:5e-4:all"
+	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-random --unet_init random \
+		--stages "128:3200:5e-4:all 128:800:1e-4:all"
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-copy_scaled --unet_init copy_scaled $(TWO_STAGES) --max_train_steps 800
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-zero --unet_init zero $(TWO_STAGES) --max_train_steps 800
 	$(BIN)/python benchmarks/adaptation.py --runs copy=runs/pqsd-mini copy_scaled=runs/pqsd-mini-copy_scaled \
-		zero=runs/pqsd-mini-zero "from scratch=runs/pqsd-mini-random"
+		zero=runs/pqsd-mini-zero random=runs/pqsd-mini-random
 
 # Table 5 in small: class-conditional latent diffusion of stamps on the latents of a mini model.
 train-ldm-mini: install data/stamps

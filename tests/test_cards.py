@@ -190,7 +190,11 @@ def test_the_card_of_a_pipeline_shows_its_validation_loss_beside_that_of_other_r
     models.facts["later"] |= {
         "prompt": "A frog.",
         "options": "guidance_scale=2.0",
-        "validation": {"dataset": "data/stamps", "note": "Measured.", "others": {"from scratch": "random"}},
+        "validation": {
+            "dataset": {"dataset_type": "imagefolder", "dataset_name": "stamps"},
+            "note": "Measured.",
+            "others": {"from scratch": "random"},
+        },
     }
     card = ModelCard(str(models.card("later")))
     (entry,) = card.data.eval_results

@@ -33,7 +33,7 @@ from diffusers_pq.training.denoising import (
     draw_timesteps,
     predicted_latents,
 )
-from diffusers_pq.training.schedules import create_scheduler, latent_shift
+from diffusers_pq.training.schedules import create_scheduler
 
 
 ROOT = Path(__file__).parent.parent
@@ -274,21 +274,6 @@ def test_a_stream_without_names_asks_for_a_file(tmp_path):
         class_names(stream, "cls", str(tmp_path / "names.txt"))
 
 
-def test_a_shift_divides_the_signal_to_noise_ratio_alike_in_diffusion_and_flow_matching():
-    shift = latent_shift(128, 32, 32)
-    assert shift == pytest.approx(32**0.5) and latent_shift(4, 32, 32) == 1
-    plain, shifted = (create_scheduler("diffusion", shift=value).alphas_cumprod.double() for value in (1.0, shift))
-    ratio = (plain / (1 - plain)) / (shifted / (1 - shifted))
-    torch.testing.assert_close(ratio, torch.full_like(ratio, shift**2), rtol=1e-3, atol=0)
-    plain, shifted = (create_scheduler("flow_matching", shift=value) for value in (1.0, shift))
-    sigmas = [
-        draw_timesteps(scheduler, 100, generator=torch.Generator().manual_seed(0)).double() / 1000
-        for scheduler in (plain, shifted)
-    ]
-    snr = [((1 - sigma) / sigma) ** 2 for sigma in sigmas]
-    torch.testing.assert_close(snr[0] / snr[1], torch.full_like(snr[0], shift**2), rtol=1e-3, atol=0)
-
-
 @pytest.mark.parametrize(
     "options", [("diffusion", "epsilon"), ("diffusion", "v_prediction", 2.0, True), ("flow_matching",)]
 )
@@ -307,8 +292,3 @@ def test_the_latents_follow_from_a_perfect_prediction(options):
     scheduler.set_timesteps(2)  # what sampling in between does must not change the training
     again = add_noise(scheduler, latents, noise, timesteps)
     assert torch.equal(again[0], noisy) and torch.equal(again[1], target)
-
-
-def test_epsilon_cannot_be_predicted_without_a_signal():
-    with pytest.raises(ValueError, match="`rescale_betas_zero_snr` needs `prediction_type` v_prediction"):
-        create_scheduler("diffusion", "epsilon", rescale_betas_zero_snr=True)

@@ -101,9 +101,10 @@ def test_a_tokenizer_spells_words_that_no_caption_has(workspace):
 def test_adapts_a_pipeline_in_two_stages_and_resumes_exactly(workspace):
     extra = ("--vae_name_or_path", workspace / "pq", "--checkpointing_steps", 1, "--use_ema", "--random_flip")
     extra += ("--validation_steps", 5, "--validation_prompts", "a red wall", "--dataloader_num_workers", 1)
-    extra += ("--lr_scheduler", "cosine", "--streaming", "--shuffle_buffer", 4)
+    extra += ("--lr_scheduler", "cosine", "--streaming", "--shuffle_buffer", 4, "--noise_shift", "auto")
     adapt(workspace, "whole", *extra)
     pipeline = StableDiffusionPQPipeline.from_pretrained(workspace / "whole", safety_checker=None)
+    assert_noise_is_shifted(StableDiffusionPipeline.from_pretrained(workspace / "sd"), pipeline)
     assert len(pipeline.vae.config.latents_std) == 8 and pipeline.unet.config.in_channels == 8
     assert pipeline("a red wall", num_inference_steps=2, output_type="np").images.shape == (1, 40, 40, 3)
     assert json.loads((workspace / "whole" / "best" / "validation.json").read_text())["loss"] > 0
@@ -119,6 +120,14 @@ def test_adapts_a_pipeline_in_two_stages_and_resumes_exactly(workspace):
         result = adapt(workspace, output.name, *extra, "--resume_from_checkpoint", checkpoint)
         assert f"Resumed from {checkpoint}" in result.stderr
         assert all(torch.equal(value, expected[name]) for name, value in unet_weights(output).items())
+
+
+def assert_noise_is_shifted(source, adapted):
+    """By how many more values the latents have."""
+    values = [unet.config.in_channels * unet.config.sample_size**2 for unet in (source.unet, adapted.unet)]
+    alphas = [pipeline.scheduler.alphas_cumprod for pipeline in (source, adapted)]
+    ratio = (alphas[0] / (1 - alphas[0])) / (alphas[1] / (1 - alphas[1]))
+    torch.testing.assert_close(ratio, torch.full_like(ratio, values[1] / values[0]), rtol=1e-3, atol=0)
 
 
 def test_the_first_stage_trains_the_first_and_last_convolution_only(workspace):

@@ -67,18 +67,6 @@ def parse_args(argv=None):
     noise.add_argument("--objective", choices=("diffusion", "flow_matching"), default="diffusion")
     noise.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
     noise.add_argument(
-        "--noise_shift",
-        type=shift,
-        default=1.0,
-        help='more noise for larger latents: "auto", by their size and channels, or a number; 1 shifts nothing',
-    )
-    noise.add_argument(
-        "--rescale_betas_zero_snr",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="end in pure noise; needs v_prediction",
-    )
-    noise.add_argument(
         "--weighting_scheme",
         choices=("none", "logit_normal"),
         default="none",
@@ -109,10 +97,6 @@ def parse_args(argv=None):
         parser.error("--rescale_betas_zero_snr needs --prediction_type v_prediction")
     args.validation_labels = [int(label) if label.isdecimal() else label for label in args.validation_labels]
     return args
-
-
-def shift(text):
-    return text if text == "auto" else float(text)
 
 
 def build_pipeline(args, run, names):

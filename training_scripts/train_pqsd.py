@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 
 from diffusers_pq import PQModel, StableDiffusionPQPipeline, widen_unet
@@ -34,6 +34,7 @@ from diffusers_pq.training.denoiser_run import (
 )
 from diffusers_pq.training.denoising import ConditionalDenoiser, Stage, save_lora
 from diffusers_pq.training.run import TrainingRun, create_accelerator, whole_module
+from diffusers_pq.training.schedules import adapt_schedule, latent_shift
 from diffusers_pq.training.uploads import BestModel
 
 
@@ -99,13 +100,22 @@ def build_pipeline(args, run):
         vae = load_autoencoder(args.vae_name_or_path) if args.vae_name_or_path else pipeline.vae
     components = {name: getattr(pipeline, name) for name in pipeline.components} | {"vae": vae.requires_grad_(False)}
     components["unet"] = build_unet(args, pipeline.unet, vae.config.latent_channels)
-    components["scheduler"] = DDPMScheduler.from_config(pipeline.scheduler.config)
     pipeline_class = StableDiffusionPQPipeline if isinstance(vae, PQModel) else StableDiffusionPipeline
     factor = downsampling_factor(vae)
     for stage in args.stages:
         check_resolution("--stages", stage.resolution, factor)
-    components["unet"].register_to_config(sample_size=args.stages[-1].resolution // factor)
+    side = args.stages[-1].resolution // factor
+    components["scheduler"] = build_scheduler(args, pipeline, vae.config.latent_channels, side)
+    components["unet"].register_to_config(sample_size=side)
     return pipeline_class(**components, requires_safety_checker=False)
+
+
+def build_scheduler(args, pipeline, latent_channels, side):
+    """The pipeline's noise schedule; `--noise_shift auto` is by how much larger the new latents are than its own."""
+    config = pipeline.unet.config
+    base = config.in_channels * config.sample_size**2
+    shift = latent_shift(latent_channels, side, side, base) if args.noise_shift == "auto" else args.noise_shift
+    return adapt_schedule(pipeline.scheduler, shift, args.rescale_betas_zero_snr)
 
 
 def build_unet(args, unet, latent_channels):

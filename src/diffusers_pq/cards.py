@@ -47,8 +47,8 @@ def build_card(
         name (`str`): Title, and name in the `model-index`.
         path (`str`): What the example loads the model from: a folder or a Hub repository.
         metadata (`dict`): Of `ModelCardData`: `license`, `base_model`, `datasets`, `tags`, ...
-        validation (`dict`, *optional*): What the training measured: `dataset`, `note` and, by name, the `scores` of
-            runs at a `step`; those of the first go into the `model-index`.
+        validation (`dict`, *optional*): What the training measured: `dataset` (its `dataset_type` and `dataset_name`),
+            `note` and, by name, the `scores` of runs at a `step`; those of the first go into the `model-index`.
         evaluations (`tuple[dict]`, *optional*): What was measured afterwards: `table`, `command`, `date`, `machine`
             and the `entries` of the `model-index`.
         texts: Other variables of the template; those left out leave out their section.
@@ -133,8 +133,7 @@ def _validation_entries(validation: dict, task: str) -> list[EvalResult]:
     """Entries of a `model-index` for the scores of the first run, which is the card's own."""
     scores = next(iter(validation["scores"].values()))
     data = {
-        "dataset_type": hub_id(validation["dataset"]) or "imagefolder",
-        "dataset_name": Path(validation["dataset"]).name,
+        **validation["dataset"],
         "dataset_split": "validation",
         "dataset_args": {"step": scores["step"]},
     }

@@ -94,7 +94,24 @@ def add_denoising_arguments(data, optim, run):
         default=0.0,
         help="weigh each latent channel's loss by its standard deviation to this power; 0: all alike, as the paper",
     )
+    optim.add_argument(
+        "--noise_shift",
+        type=noise_shift,
+        default=1.0,
+        help='more noise for larger latents: "auto", by their size and channels, or a number; 1 shifts nothing',
+    )
+    optim.add_argument(
+        "--rescale_betas_zero_snr",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="end in pure noise; needs v prediction",
+    )
     run.add_argument("--num_validation_images", type=int, default=256, help="of the validation loss")
+
+
+def noise_shift(text: str) -> float | str:
+    """A number, or `"auto"`."""
+    return text if text == "auto" else float(text)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str, steps: int):

@@ -225,7 +225,8 @@ def write_card(folder: Path, args: argparse.Namespace, step: int, scores: dict[s
         "datasets": [args.dataset_name] if hub_id(args.dataset_name) else None,
         "tags": ["diffusers", "diffusers_pq", "diffusers-training"],
     }
-    validation = {"dataset": dataset, "scores": {"this model": scores}}
+    facts = {"dataset_type": hub_id(dataset) or "imagefolder", "dataset_name": Path(dataset).name}
+    validation = {"dataset": facts, "scores": {"this model": scores}}
     validation["note"] = f"On {args.num_validation_images} pictures of the validation split, or as many as it has."
     settings = {name: value for name, value in _settings(args).items() if value is not None}
     card = build_card(

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 
 # Values in the latents that the unshifted schedules suit: 32 x 32 x 4, those of a 256 px picture in LDM.
@@ -12,16 +12,17 @@ BASE_DIMENSION = 32 * 32 * 4
 _LDM_BETAS = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
 
 
-def latent_shift(latent_channels: int, height: int, width: int) -> float:
+def latent_shift(latent_channels: int, height: int, width: int, base_dimension: int = BASE_DIMENSION) -> float:
     """
-    The shift for latents of n = d h w values: sqrt(n / 4096).
+    The shift for latents of n = d h w values: sqrt(n / n_0), where n_0 is the `base_dimension` of latents that the
+    unshifted schedule suits.
 
     The more values show the same picture, the more noise it takes to hide it. Hoogeboom et al. (2023, "simple
     diffusion") divide the signal-to-noise ratio by the ratio of the numbers of pixels; Esser et al. (2024, Stable
     Diffusion 3, Eq. 23) shift timesteps by its square root, which is the same; Zheng et al. (2025, "Diffusion
     Transformers with Representation Autoencoders") count the channels as well, since with many the same holds.
     """
-    return math.sqrt(latent_channels * height * width / BASE_DIMENSION)
+    return math.sqrt(latent_channels * height * width / base_dimension)
 
 
 def shifted_betas(betas: torch.Tensor, shift: float) -> torch.Tensor:
@@ -33,6 +34,40 @@ def shifted_betas(betas: torch.Tensor, shift: float) -> torch.Tensor:
     shifted = alphas_cumprod / (alphas_cumprod + shift**2 * (1 - alphas_cumprod))
     previous = torch.cat([shifted.new_ones(1), shifted[:-1]])
     return 1 - shifted / previous
+
+
+def adapt_schedule(
+    scheduler: SchedulerMixin, shift: float = 1.0, rescale_betas_zero_snr: bool = False
+) -> DDIMScheduler:
+    """
+    The scheduler to adapt a diffusion model with: that of the model, with more noise for larger latents.
+
+    Args:
+        scheduler (`SchedulerMixin`): The model's, with betas; any that its config can make a DDIMScheduler of.
+        shift (`float`): See [`latent_shift`]; 1 shifts nothing.
+        rescale_betas_zero_snr (`bool`): End in pure noise (Lin et al., 2024).
+
+    Raises:
+        ValueError: if epsilon is to be predicted where there is nothing but noise.
+    """
+    adapted = DDIMScheduler.from_config(scheduler.config)
+    changes = {}
+    if shift != 1:
+        # To the end: after a shift, even the first timestep has noise to be seen.
+        changes |= {"trained_betas": shifted_betas(adapted.betas, shift).tolist(), "set_alpha_to_one": True}
+    if rescale_betas_zero_snr:
+        _check_prediction_type(adapted.config.prediction_type)
+        # From the last timestep, as Lin et al. ask.
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return DDIMScheduler.from_config(adapted.config, **changes)
+
+
+def _check_prediction_type(prediction_type: str):
+    if prediction_type == "epsilon":
+        raise ValueError(
+            "`rescale_betas_zero_snr` needs `prediction_type` v_prediction: from epsilon, no picture can be told at "
+            "the last timestep."
+        )
 
 
 def create_scheduler(
@@ -52,11 +87,8 @@ def create_scheduler(
     """
     if objective == "flow_matching":
         return FlowMatchEulerDiscreteScheduler(shift=shift)
-    if rescale_betas_zero_snr and prediction_type == "epsilon":
-        raise ValueError(
-            "`rescale_betas_zero_snr` needs `prediction_type` v_prediction: from epsilon, no picture can be told at "
-            "the last timestep."
-        )
+    if rescale_betas_zero_snr:
+        _check_prediction_type(prediction_type)
     schedule = _LDM_BETAS
     if shift != 1:
         schedule = {"trained_betas": shifted_betas(DDIMScheduler(**_LDM_BETAS).betas, shift).tolist()}
