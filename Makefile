@@ -2,10 +2,13 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test quality style docs space test-space train-mini train-pqsd-mini train-ldm-mini sweep-mini benchmarks
+.PHONY: install demo test test-install quality style docs space test-space train-mini train-pqsd-mini train-ldm-mini sweep-mini benchmarks
 
 # Which mini model `make train-mini` trains, and `make train-ldm-mini` trains on: pq, vq or kl.
 MINI ?= pq
+
+# Captions of the stamps, for `make demo`.
+PROMPTS = "A ladybug." "A red apple." "A frog." "A strawberry."
 
 # Installs once, and again when the requirements change.
 $(VENV)/installed: setup.py src/diffusers_pq/_versions.py
@@ -19,9 +22,15 @@ install: $(VENV)/installed
 demo: install
 	$(BIN)/python benchmarks/reconstruct_photographs.py --output_dir outputs/demo \
 		--models PQ=model_cards/pqgan-mini-f8-pq VQ=model_cards/pqgan-mini-f8-vq KL=model_cards/pqgan-mini-f8-kl
+	$(BIN)/python benchmarks/generate_pictures.py --output outputs/demo/generated.png \
+		--models PQSD=model_cards/pqsd-mini --prompts $(PROMPTS)
 
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests
+
+# The wheel in an empty environment.
+test-install: install
+	$(BIN)/python -m pytest -m install tests/test_package.py
 
 quality: install
 	$(BIN)/ruff check .
@@ -69,7 +78,7 @@ data/stamps: | install
 
 data/stamps-codes: | install data/stamps
 	$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/encode_dataset.py --train_data_dir data/stamps \
-		--vae_name_or_path model_cards/pqgan-mini-f8-pq --resolution 128 --min_image_side 1 --output_dir $@
+		--vae_name_or_path model_cards/pqgan-mini-f8-pq --resolution 64 --min_image_side 1 --output_dir $@
 
 # A Stable Diffusion for stamps on KL latents; its adaptation to PQ latents from each start of the new weights, and the
 # same UNet from scratch.
@@ -77,8 +86,8 @@ TRAIN_PQSD = $(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/t
 	--config training_scripts/recipes/sd-mini.yaml
 ADAPT_PQSD = $(TRAIN_PQSD) --pretrained_model_name_or_path runs/sd-mini --latents_dir data/stamps-codes \
 	--vae_name_or_path model_cards/pqgan-mini-f8-pq --lr_scheduler constant_with_warmup --channel_weighting 1 \
-	--noise_shift 2 --rescale_betas_zero_snr
-TWO_STAGES = --stages "128:200:5e-4:conv 128:3000:5e-4:all 128:800:1e-4:all"
+	--noise_shift auto --rescale_betas_zero_snr
+TWO_STAGES = --stages "64:200:5e-4:conv 64:7300:5e-4:all 64:1500:1e-4:all"
 
 runs/sd-mini-untrained: | install data/stamps
 	$(BIN)/python training_scripts/create_stable_diffusion.py --train_data_dir data/stamps --output_dir $@ \
@@ -88,7 +97,7 @@ train-pqsd-mini: install data/stamps data/stamps-codes runs/sd-mini-untrained
 	$(TRAIN_PQSD) --pretrained_model_name_or_path runs/sd-mini-untrained --train_text_encoder --output_dir runs/sd-mini
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini $(TWO_STAGES)
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-random --unet_init random \
-		--stages "128:3200:5e-4:all 128:800:1e-4:all"
+		--stages "64:7500:5e-4:all 64:1500:1e-4:all"
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-copy_scaled --unet_init copy_scaled $(TWO_STAGES) --max_train_steps 800
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-zero --unet_init zero $(TWO_STAGES) --max_train_steps 800
 	$(BIN)/python benchmarks/adaptation.py --runs copy=runs/pqsd-mini copy_scaled=runs/pqsd-mini-copy_scaled \

@@ -52,6 +52,7 @@ def test_every_public_name_can_be_imported():
         _ = diffusers_pq.Nonsense
 
 
+@pytest.mark.install
 def test_the_wheel_works_in_an_empty_environment(tmp_path):
     """Installs the wheel with all it asks for, at the versions of this environment so that pip's cache serves them."""
     source = tmp_path / "source"

@@ -17,6 +17,7 @@ from conftest import tiny_config
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from diffusers import AutoencoderKL, VQModel
 from safetensors.torch import load_file
+from scripts import run_script
 
 from diffusers_pq import LatentDiffusionPQPipeline, PQModel
 from diffusers_pq.models.class_conditioning import (
@@ -91,17 +92,12 @@ def arguments(workspace, output, vae="pq", denoiser="unet"):
     return [*map(str, given), "--learning_rate", "1e-2", "--output_dir", str(workspace / output)]
 
 
-def train(workspace, output, *extra, vae="pq", denoiser="unet", **run_options):
-    return run("train_ldm.py", *arguments(workspace, output, vae, denoiser), *extra, **run_options)
+def train(workspace, output, *extra, vae="pq", denoiser="unet"):
+    return run("train_ldm.py", *arguments(workspace, output, vae, denoiser), *extra)
 
 
-def run(script, *arguments, launcher=(sys.executable,)):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(SCRIPTS / script), *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(result.stderr)
-    result.check_returncode()
-    return result
+def run(script, *arguments):
+    return run_script(SCRIPTS / script, *arguments)
 
 
 def weights(folder, name="unet"):
@@ -129,7 +125,7 @@ def test_trains_on_pq_latents_resumes_exactly_and_paints_by_name(workspace):
         (resumed / file.name).write_bytes(file.read_bytes())
     checkpoint = workspace / "whole" / "checkpoint-1"
     result = train(workspace, "resumed", *extra, "--resume_from_checkpoint", checkpoint)
-    assert f"Resumed from {checkpoint}" in result.stderr
+    assert f"Resumed from {checkpoint}" in result.stdout
     expected = weights(workspace / "whole")
     assert all(torch.equal(value, expected[name]) for name, value in weights(workspace / "resumed").items())
 
@@ -140,7 +136,7 @@ def test_trains_a_dit_by_flow_matching_from_cached_codes(workspace):
     run("encode_dataset.py", *cache)
     extra = ("--latents_dir", workspace / "codes", "--objective", "flow_matching", "--noise_shift", "auto")
     result = train(workspace, "dit", *extra, "--weighting_scheme", "logit_normal", denoiser="transformer")
-    assert "The denoiser is 16 wide, but sees 32 values at a place" in result.stderr
+    assert "The denoiser is 16 wide, but sees 32 values at a place" in result.stdout
     pipeline = LatentDiffusionPQPipeline.from_pretrained(workspace / "dit")
     assert pipeline.unet is None and pipeline.scheduler.config.shift == pytest.approx((8 * 8 * 8 / 4096) ** 0.5)
     start = create_class_conditional_denoiser(DIT, 8, 8, 3).state_dict()
@@ -151,9 +147,10 @@ def test_trains_a_dit_by_flow_matching_from_cached_codes(workspace):
 
 
 def test_two_processes_train_on_latents_of_other_autoencoders(workspace):
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    numbers = ("--label_column", "number", "--max_train_steps", 1)
-    train(workspace, "kl-run", *numbers, vae="kl", launcher=launcher)
+    numbers = ("--label_column", "number", "--max_train_steps", "1")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += [SCRIPTS / "train_ldm.py", *arguments(workspace, "kl-run", vae="kl"), *numbers]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
     pipeline = LatentDiffusionPQPipeline.from_pretrained(workspace / "kl-run")
     assert isinstance(pipeline.vae, AutoencoderKL) and pipeline.vae.config.scaling_factor != 0.18215
     assert pipeline.get_label_ids(["0", "2"]) == [0, 2]

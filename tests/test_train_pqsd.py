@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from conftest import tiny_config
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
+from scripts import run_script
 
 from diffusers_pq import PQModel, StableDiffusionPQPipeline, widen_unet
 from diffusers_pq.training.denoising import Stage, denoising_loss, find_stage
@@ -37,12 +36,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
 def run(script, *arguments):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(result.stderr)
-    result.check_returncode()
-    return result
+    return run_script(SCRIPTS / script, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +112,7 @@ def test_adapts_a_pipeline_in_two_stages_and_resumes_exactly(workspace):
         for file in (workspace / "whole" / "vae").iterdir():
             (output / "vae" / file.name).write_bytes(file.read_bytes())
         result = adapt(workspace, output.name, *extra, "--resume_from_checkpoint", checkpoint)
-        assert f"Resumed from {checkpoint}" in result.stderr
+        assert f"Resumed from {checkpoint}" in result.stdout
         assert all(torch.equal(value, expected[name]) for name, value in unet_weights(output).items())
 
 
@@ -196,10 +190,10 @@ def test_codes_of_another_model_or_resolution_are_refused(workspace):
     extra = ("--latents_dir", workspace / "other-codes", "--vae_name_or_path", workspace / "other-pq")
     with pytest.raises(subprocess.CalledProcessError) as error:
         adapt(workspace, "bad", *extra, stages="32:1:1e-3:all")
-    assert "holds other codes: model_sha256 is" in error.value.stderr
+    assert "holds other codes: model_sha256 is" in error.value.stdout
     with pytest.raises(subprocess.CalledProcessError) as error:
         adapt(workspace, "bad", *extra)
-    assert "has no codes at 40 px" in error.value.stderr
+    assert "has no codes at 40 px" in error.value.stdout
     (workspace / "other-codes" / "32" / "train-00000-of-00001.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="has 0 of 1 shards"):
         load_cached_codes(workspace / "other-codes", 32, PQModel.from_pretrained(workspace / "pq"), None)
@@ -231,7 +225,7 @@ def test_a_dry_run_counts_the_parts(workspace):
 def test_bad_arguments_are_named(workspace, extra, message):
     with pytest.raises(subprocess.CalledProcessError) as error:
         adapt(workspace, "bad", "--vae_name_or_path", workspace / "pq", *extra)
-    assert message in error.value.stderr
+    assert message in error.value.stdout
 
 
 def test_stages_follow_each_other():

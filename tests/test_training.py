@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
 import re
 import runpy
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
+from scripts import run_script, start_script
 
 from diffusers_pq import PatchDiscriminator, PQModel
 from diffusers_pq.training.autoencoders import ReconstructionModel, load_autoencoder
@@ -58,7 +56,7 @@ def workspace(tmp_path):
 
 def command(workspace, output, *extra, model="pq"):
     return [
-        *(sys.executable, str(SCRIPT), "--model_config_name_or_path", str(workspace / model)),
+        *(str(SCRIPT), "--model_config_name_or_path", str(workspace / model)),
         *("--train_data_dir", str(workspace / "data"), "--cache_dir", str(workspace / "cache")),
         *("--output_dir", str(workspace / output), "--resolution", "32", "--train_batch_size", "4"),
         *("--learning_rate", "1e-3", "--perceptual_weight", "0", "--seed", "0", "--max_train_steps", "6", *extra),
@@ -66,11 +64,7 @@ def command(workspace, output, *extra, model="pq"):
 
 
 def run(*args, **kwargs):
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command(*args, **kwargs), env=environment, capture_output=True, text=True)
-    print(result.stderr)
-    result.check_returncode()
-    return result
+    return run_script(*command(*args, **kwargs))
 
 
 def test_trains_with_everything_on_and_leaves_a_loadable_model(workspace):
@@ -83,7 +77,7 @@ def test_trains_with_everything_on_and_leaves_a_loadable_model(workspace):
     assert isinstance(model, PQModel) and model.quantizer.codebooks.isfinite().all()
     assert PatchDiscriminator.from_pretrained(workspace / "out" / "discriminator")
     assert [path.name for path in list_checkpoints(workspace / "out")] == ["checkpoint-3", "checkpoint-6"]
-    assert "psnr" in result.stderr and "H_n" in result.stderr
+    assert "psnr" in result.stdout and "H_n" in result.stdout
     best = json.loads((workspace / "out" / "best" / "validation.json").read_text())
     assert best["step"] in (3, 6) and {"psnr", "ssim", "H_n", "P_n", "dead", "dead_max"} <= best.keys()
     assert isinstance(load_autoencoder(str(workspace / "out" / "best")), PQModel)
@@ -107,7 +101,7 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(workspace):
 def test_skipped_pictures_are_counted_in_the_log(workspace):
     (workspace / "data" / "train" / "0.png").write_bytes(b"no picture")
     result = run(workspace, "out", "--discriminator_weight", "0", "--logging_steps", "1", "--streaming")
-    assert "Skipped: " in result.stderr and "0.png cannot be read" in result.stderr
+    assert "Skipped: " in result.stdout and "0.png cannot be read" in result.stdout
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(next((workspace / "out" / "logs").rglob("events.out.tfevents*")).parent)).Reload()
@@ -139,13 +133,12 @@ def same_weights(first, second):
 
 def kill_when(folder, name, endless):
     """Start a run and kill it the moment that a file or folder of this name exists."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(endless, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_script(*endless)
     deadline = time.time() + 120
-    while not (folder / name).exists() and process.poll() is None and time.time() < deadline:
+    while not (folder / name).exists() and process.is_alive() and time.time() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert (folder / name).exists(), "the run ended before the moment to kill it"
 
 
@@ -164,13 +157,17 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(workspace, model
     for moment in ("checkpoint-2", "unfinished-checkpoint-6"):
         kill_when(killed, moment, command(workspace, "killed", *extra, model=model))
     result = run(workspace, "killed", *extra, model=model)
-    assert f"Resumed from {killed / 'checkpoint-4'}" in result.stderr
+    assert f"Resumed from {killed / 'checkpoint-4'}" in result.stdout
     assert [checkpoint_step(path) for path in list_checkpoints(killed)] == [6, 8]
     found, expected = weights(killed), weights(workspace / "whole")
     assert len(expected) == 2, "the autoencoder and the discriminator"
     assert same_weights(found, expected)
-    run(workspace, "other", *extra, "--seed", "1", model=model)
-    assert not same_weights(weights(workspace / "other"), expected)
+
+
+def test_another_seed_gives_other_weights(workspace):
+    for seed in ("0", "1"):
+        run(workspace, seed, "--seed", seed, "--max_train_steps", "1")
+    assert not same_weights(weights(workspace / "0"), weights(workspace / "1"))
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(workspace):
@@ -180,8 +177,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(workspace):
     weights_file = next(newest.glob("*.safetensors"))
     weights_file.write_bytes(weights_file.read_bytes()[:-1])
     result = run(workspace, "out", *extra)
-    assert f"{newest} is damaged ({weights_file.name} is not what was written)" in result.stderr
-    assert f"Resumed from {newest.with_name('checkpoint-4')}" in result.stderr
+    assert f"{newest} is damaged ({weights_file.name} is not what was written)" in result.stdout
+    assert f"Resumed from {newest.with_name('checkpoint-4')}" in result.stdout
     assert find_damage(newest) is None, "written again"
     (newest / "scheduler.bin").unlink()
     assert find_damage(newest) == "scheduler.bin is missing"
@@ -279,7 +276,7 @@ def test_starts_from_the_linear_autoencoder_of_its_pictures(workspace, model):
     psnr = {}
     for start in ("default", "pca"):
         result = run(workspace, start, *extra, "--weight_init", start, model=model)
-        psnr[start] = float(re.search(r"step 1: psnr ([\d.]+)", result.stderr).group(1))
+        psnr[start] = float(re.search(r"step 1: psnr ([\d.]+)", result.stdout).group(1))
     assert psnr["pca"] > psnr["default"] + 5, psnr
 
 
@@ -308,7 +305,7 @@ def test_takes_the_backbone_of_another_kind_of_autoencoder(workspace):
     trained = load_autoencoder(str(workspace / "out"))
     assert torch.equal(trained.encoder.conv_in.weight, source.encoder.conv_in.weight)
     assert torch.equal(trained.decoder.conv_out.weight, source.decoder.conv_out.weight)
-    assert "Not taken from" in result.stderr and "quantizer.codebooks" in result.stderr
+    assert "Not taken from" in result.stdout and "quantizer.codebooks" in result.stdout
     with pytest.raises(ValueError, match="No parameter of the Linear fits the PQModel"):
         copy_matching_weights(trained, torch.nn.Linear(3, 3))
 
@@ -341,7 +338,7 @@ def test_a_run_that_blows_up_stops_and_keeps_its_last_checkpoint(workspace):
     extra += ("--resume_from_checkpoint", "latest", "--max_train_steps", "20", "--lr_scheduler", "linear")
     with pytest.raises(subprocess.CalledProcessError) as error:
         run(workspace, "out", *extra, "--codebook_weight", "1e38")
-    assert "not finite for 3 steps in a row" in error.value.stderr
+    assert "not finite for 3 steps in a row" in error.value.stdout
     assert [path.name for path in list_checkpoints(workspace / "out")] == ["checkpoint-2"]
     assert find_damage(workspace / "out" / "checkpoint-2") is None
 

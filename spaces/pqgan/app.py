@@ -37,6 +37,10 @@ Diffusion's autoencoder. The three models here are small ones, trained alike on 
 TABLE_NOTE = """Bits per pixel: whole bits for each code, 16 bits for each continuous value; the original has 24.
 H_n, P_n: entropy and perplexity of the codes over their largest possible values, mean over the codebooks (Eq. 3)."""
 
+GENERATION_NOTE = """The model is a small one: it paints what the captions of its 745 training pictures name, stamps of
+Tux Paint with one thing each, and knows little else."""
+PROMPTS = ["A ladybug.", "A red apple.", "A frog.", "A strawberry."]
+
 
 def model_source(variable: str, name: str) -> str:
     """Folder or Hub id: the environment variable's, else on a Space its owner's model, else the repository's."""
@@ -214,11 +218,13 @@ def generation_tab():
     if PIPELINE is None:
         gr.Markdown(PIPELINE_MISSING)
         return
+    gr.Markdown(GENERATION_NOTE)
     with gr.Row():
         with gr.Column():
-            prompt = gr.Textbox(label="Prompt", placeholder="a red apple")
+            prompt = gr.Textbox(label="Prompt", placeholder="A red apple.")
+            gr.Examples(PROMPTS, prompt, label="Some of its captions")
             steps = gr.Slider(1, 100, value=25, step=1, label="Steps")
-            guidance = gr.Slider(1, 15, value=5, step=0.5, label="Guidance scale")
+            guidance = gr.Slider(1, 15, value=4, step=0.5, label="Guidance scale")
             seed = gr.Slider(0, 2**31 - 1, value=0, step=1, label="Seed")
             button = gr.Button("Generate", variant="primary")
         image = shown_picture("Generated")
