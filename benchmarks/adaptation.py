@@ -16,6 +16,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_pq.files import replacing, write_json
+from diffusers_pq.training.arguments import named
 
 
 # What the plot shows: the logs' name, a title, and over how many logged values it is averaged.
@@ -27,13 +28,9 @@ CURVES = {
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--runs", nargs="+", required=True, type=named, metavar="NAME=FOLDER")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args(argv)
-    if any("=" not in run for run in args.runs):
-        parser.error("--runs takes NAME=FOLDER")
-    args.runs = dict(run.split("=", 1) for run in args.runs)
-    return args
+    return parser.parse_args(argv)
 
 
 def read_curves(folder):
@@ -59,7 +56,7 @@ def plot(runs, path):
 
 def main(args):
     runs = {}
-    for label, folder in args.runs.items():
+    for label, folder in args.runs:
         config = json.loads(Path(folder, "training_config.json").read_text())
         runs[label] = {"config": config, **read_curves(Path(folder))}
         step, loss = min(runs[label]["validation/loss"], key=lambda entry: entry[1])

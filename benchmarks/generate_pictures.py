@@ -11,10 +11,12 @@ import matplotlib.pyplot as plt
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+from diffusers_pq.training.arguments import named
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=PATH_OR_REPO")
+    parser.add_argument("--models", nargs="+", required=True, type=named, metavar="NAME=PATH_OR_REPO")
     parser.add_argument("--prompts", nargs="+", required=True)
     parser.add_argument("--num_images_per_prompt", type=int, default=1)
     parser.add_argument("--num_inference_steps", type=int, default=50)
@@ -22,10 +24,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo/generated.png"))
-    args = parser.parse_args(argv)
-    if any("=" not in model for model in args.models):
-        parser.error("--models takes NAME=PATH_OR_REPO")
-    return args
+    return parser.parse_args(argv)
 
 
 def paint(source, args):
@@ -63,8 +62,7 @@ def draw(pictures, prompts, path):
 
 def main(args):
     pictures = {}
-    for entry in args.models:
-        name, source = entry.split("=", 1)
+    for name, source in args.models:
         pictures[name] = paint(source, args)
     draw(pictures, args.prompts, args.output)
     print(f"Picture: {args.output}")

@@ -32,6 +32,7 @@ from diffusers_pq.images import to_uint8
 from diffusers_pq.metrics import FID, PSNR, SSIM
 from diffusers_pq.models.class_conditioning import predict
 from diffusers_pq.profiling import describe_machine
+from diffusers_pq.training.arguments import named
 from diffusers_pq.training.data import ClassLabels, ConditionedCrops, load_images
 from diffusers_pq.training.denoising import add_noise, predicted_latents
 from diffusers_pq.training.latents import decode_latents, encode_latents, scale_latents
@@ -66,7 +67,7 @@ class EncoderFeatures(nn.Module):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--runs", nargs="+", required=True, type=named, metavar="NAME=FOLDER")
     parser.add_argument("--timesteps", nargs="+", type=int, default=[50, 200, 400, 600, 800], help="levels of noise")
     parser.add_argument("--num_samples", type=int, help="default: as many as there are training pictures")
     parser.add_argument("--num_inference_steps", type=int, default=50)
@@ -76,9 +77,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(argv)
-    if any("=" not in run for run in args.runs):
-        parser.error("--runs takes NAME=FOLDER")
-    args.runs = {name: Path(folder) for name, folder in (run.split("=", 1) for run in args.runs)}
+    args.runs = {name: Path(folder) for name, folder in args.runs}
     return args
 
 

@@ -24,6 +24,7 @@ from diffusers_pq.photographs import load_photographs
 from diffusers_pq.profiling import describe_machine
 from diffusers_pq.reconstruction import codebook_usage, reconstruct_picture
 from diffusers_pq.systems import load_for_evaluation
+from diffusers_pq.training.arguments import named
 
 
 COLUMNS = ("psnr", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")
@@ -31,7 +32,9 @@ COLUMNS = ("psnr", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=SOURCE", help="folder, Hub or system")
+    parser.add_argument(
+        "--models", nargs="+", required=True, type=named, metavar="NAME=SOURCE", help="folder, Hub or system"
+    )
     parser.add_argument("--pictures", nargs="+", type=Path, help="files; default: the held-out photographs")
     parser.add_argument(
         "--crops",
@@ -45,8 +48,6 @@ def parse_args(argv=None):
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    if any("=" not in model for model in args.models):
-        parser.error("--models takes NAME=SOURCE")
     try:
         args.crops = {name: tuple(map(int, corner.split(","))) for name, corner in (c.split("=") for c in args.crops)}
         assert all(len(corner) == 2 for corner in args.crops.values())
@@ -100,8 +101,7 @@ def crop_boxes(args, pictures, reconstructions):
 def main(args):
     pictures = {path.stem: load_image(path) for path in args.pictures} if args.pictures else load_photographs()
     rows, results = {}, {}
-    for entry in args.models:
-        name, source = entry.split("=", 1)
+    for name, source in args.models:
         model = load_for_evaluation(source).to(args.device)
         reconstruct_picture(model, next(iter(pictures.values())))  # warm-up, so that `seconds` is fair
         results[name] = {title: reconstruct_picture(model, picture) for title, picture in pictures.items()}
@@ -116,7 +116,7 @@ def main(args):
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(args.device),
-        "models": args.models,
+        "models": ["=".join(model) for model in args.models],
         "results": rows,
         "crops": boxes,
     }
