@@ -26,13 +26,14 @@ from torchmetrics import MetricCollection
 
 from diffusers_pq import LatentDiffusionPQPipeline
 from diffusers_pq.evaluation import EvaluationData
-from diffusers_pq.files import replacing
+from diffusers_pq.files import replacing, write_json
 from diffusers_pq.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.images import to_uint8
 from diffusers_pq.metrics import FID, PSNR, SSIM
 from diffusers_pq.models.class_conditioning import predict
 from diffusers_pq.profiling import describe_machine
 from diffusers_pq.training.arguments import named
+from diffusers_pq.training.autoencoders import weights_digest
 from diffusers_pq.training.data import ClassLabels, ConditionedCrops, load_images
 from diffusers_pq.training.denoising import add_noise, predicted_latents
 from diffusers_pq.training.latents import decode_latents, encode_latents, scale_latents
@@ -130,7 +131,7 @@ def measure_distances(accelerator, args, pipeline, folder, data, classes, refere
     """Fréchet distances of a run's samples, and of its autoencoder's reconstructions, to the training pictures."""
     number = args.num_samples or len(classes)
     sampling = Sampling(number, args.guidance_scale, args.num_inference_steps, 0, args.batch_size)
-    settings = f"samples-{args.num_inference_steps}-{args.guidance_scale:g}"
+    settings = f"samples-{weights_digest(pipeline.denoiser)[:8]}-{args.num_inference_steps}-{args.guidance_scale:g}"
     paths = draw_samples(accelerator, pipeline, classes, folder / settings, sampling)
     metrics = fresh_metrics(spaces)
     add_references(accelerator, metrics, data, references, args.batch_size)
@@ -225,8 +226,7 @@ def main(args):
     settings = {key: value for key, value in vars(args).items() if key not in ("runs", "output_dir")}
     record = {"date": datetime.date.today().isoformat(), "machine": describe_machine("cpu"), "settings": settings}
     record |= {"held_out_pictures": len(pictures), "noise_draws": NOISE_DRAWS, "runs": runs}
-    with replacing(args.output_dir / "latent_diffusion.json") as unfinished:
-        unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(args.output_dir / "latent_diffusion.json", record)
     plot(runs, args.output_dir / "latent_diffusion.png")
     draw_grid(args, pipelines, args.grid_classes or names[:8], args.output_dir / "latent_diffusion_samples.png")
     print(markdown_tables(record))

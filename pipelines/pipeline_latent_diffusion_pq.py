@@ -144,6 +144,8 @@ class LatentDiffusionPQPipeline(ImportedByCodeMixin, DiffusionPipeline):
         Returns:
             [`~pipelines.ImagePipelineOutput`] or a tuple of its field.
         """
+        if unknown := set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(f'`callback_on_step_end_tensor_inputs` may hold "latents" only, but has {unknown}.')
         labels = torch.tensor(self.get_label_ids(class_labels), device=self._execution_device)
         latents = self._prepare_latents(len(labels), generator, latents)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
@@ -192,9 +194,9 @@ class LatentDiffusionPQPipeline(ImportedByCodeMixin, DiffusionPipeline):
 
 def _labels_by_name(names: dict[int, str]) -> dict[str, list[int]]:
     """Classes by their whole names and by each of their synonyms; the former come first."""
-    labels = {name: [label] for label, name in names.items()}
+    whole, synonyms = {}, {}
     for label, name in names.items():
-        for synonym in map(str.strip, name.split(",")):
-            if names.get(label) != synonym and label not in labels.setdefault(synonym, []):
-                labels[synonym].append(label)
-    return labels
+        whole.setdefault(name, []).append(label)
+        for synonym in dict.fromkeys(map(str.strip, name.split(","))):
+            synonyms.setdefault(synonym, []).append(label)
+    return synonyms | whole

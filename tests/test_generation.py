@@ -109,6 +109,13 @@ def test_drawing_goes_on_where_it_was(workspace, alone):
     assert again == {"000002.png"}, "drawn together with the missing one"
 
 
+def test_another_seed_gives_other_samples(workspace, alone, tmp_path):
+    pipeline = LatentDiffusionPQPipeline.from_pretrained(workspace / "pipeline")
+    sampling = Sampling(num_samples=2, num_inference_steps=2, batch_size=2, seed=1)
+    for path in draw_samples(Accelerator(cpu=True), pipeline, ["bird", 2], tmp_path, sampling):
+        assert path.read_bytes() != (workspace / "one" / "samples" / path.name).read_bytes()
+
+
 def test_references_of_other_pictures_are_refused(workspace, alone):
     data = EvaluationData(data_dir=str(workspace / "data"), resolution=16)
     with pytest.raises(ValueError, match="resolution 32 there, 16 now"):
@@ -124,6 +131,12 @@ def test_an_evaluation_names_what_it_lacks_and_keeps_its_result(workspace, monke
     samples = tmp_path / "runs" / "pipeline" / "samples"
     assert len(list(samples.iterdir())) == 7
     assert run_generation_evaluation(*arguments, SAMPLING) == result
+    more = Sampling(**vars(SAMPLING) | {"num_samples": 8})
+    assert run_generation_evaluation(*arguments, more)["settings"]["num_samples"] == 8
+    assert len(list(samples.iterdir())) == 8, "those that were there are kept"
+    small = EvaluationData(data_dir=str(workspace / "data"), resolution=16)
+    with pytest.raises(ValueError, match="`resolution` is 16, but pipeline makes pictures of 32 pixels"):
+        run_generation_evaluation(*arguments[:2], small, tmp_path / "runs", SAMPLING)
     with pytest.raises(ValueError, match="guidance_scale 1.0 there, 2.0 now"):
         run_generation_evaluation(*arguments, Sampling(**vars(SAMPLING) | {"guidance_scale": 2.0}))
 

@@ -46,6 +46,14 @@ def generate(pipeline, labels=(0, 2), **kwargs):
     return pipeline(list(labels), **options | kwargs).images
 
 
+def test_a_whole_name_comes_before_a_synonym():
+    names = {0: "crane, machine", 1: "crane", 2: "machine, crane"}
+    pipeline = LatentDiffusionPQPipeline(**make().components, id2label=names)
+    assert pipeline.get_label_ids("crane") == [1]
+    with pytest.raises(ValueError, match=r"'machine' is a name of the classes \[0, 2\]; give the number"):
+        pipeline.get_label_ids("machine")
+
+
 @pytest.mark.parametrize("kind", ["unet", "transformer"])
 def test_saves_and_loads_and_paints_the_same(kind, tmp_path):
     pipeline = make(kind)

@@ -94,7 +94,7 @@ def test_a_tokenizer_spells_words_that_no_caption_has(workspace):
 
 def test_adapts_a_pipeline_in_two_stages_and_resumes_exactly(workspace):
     extra = ("--vae_name_or_path", workspace / "pq", "--checkpointing_steps", 1, "--use_ema", "--random_flip")
-    extra += ("--validation_steps", 5, "--validation_prompts", "a red wall", "--dataloader_num_workers", 1)
+    extra += ("--validation_steps", 2, "--validation_prompts", "a red wall", "--dataloader_num_workers", 1)
     extra += ("--lr_scheduler", "cosine", "--streaming", "--shuffle_buffer", 4, "--noise_shift", "auto")
     adapt(workspace, "whole", *extra)
     pipeline = StableDiffusionPQPipeline.from_pretrained(workspace / "whole", safety_checker=None)

@@ -149,7 +149,7 @@ STREAM = ("--streaming", "--shuffle_buffer", "5")
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(workspace, model, workers, stream):
     extra = ("--checkpointing_steps", "2", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest")
     extra += ("--use_ema", "--random_flip", "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine")
-    extra += ("--dataloader_num_workers", workers, "--max_train_steps", "9", *stream)
+    extra += ("--dataloader_num_workers", workers, "--max_train_steps", "9", "--validation_steps", "2", *stream)
     extra += ("--codebook_ema_decay", "0.9", "--reseed_dead_entries", "3") if stream else ()
     run(workspace, "whole", *extra, model=model)
     killed = workspace / "killed"

@@ -22,7 +22,7 @@ from diffusers_pq.models.class_conditioning import (
     num_classes,
     token_dimension,
 )
-from diffusers_pq.systems import load_for_evaluation
+from diffusers_pq.systems import load_pretrained
 from diffusers_pq.training.arguments import (
     add_data_arguments,
     add_denoising_arguments,
@@ -102,9 +102,9 @@ def parse_args(argv=None):
 def build_pipeline(args, run, names):
     """The pipeline that is trained; a resumed run takes the autoencoder that holds the latents' statistics."""
     if run.checkpoint is not None:
-        vae = load_for_evaluation(str(Path(args.output_dir, "vae")))
+        vae = load_pretrained(str(Path(args.output_dir, "vae")))
     else:
-        vae = load_for_evaluation(args.vae_name_or_path, subfolder=args.vae_subfolder)
+        vae = load_pretrained(args.vae_name_or_path, subfolder=args.vae_subfolder)
     factor = downsampling_factor(vae)
     check_resolution("--resolution", args.resolution, factor)
     channels, side = vae.config.latent_channels, args.resolution // factor

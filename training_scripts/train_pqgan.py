@@ -365,14 +365,15 @@ def main(args, build_model=build_model):
                 "skipped_images": loader.dataset.bad_images.total(accelerator),
             }
             run.log(logs, shown=("loss", "psnr", "H_n"))
-        if run.is_due(args.checkpointing_steps) and trainer.is_healthy:
-            run.save_checkpoint()
         if validation is not None and run.is_due(args.validation_steps):
             with ema_weights(trainer.ema, trainer.autoencoder.parameters()):
                 scores, pictures = validation.evaluate(trainer.model, quantize)
                 run.log_scores(scores)
                 run.log_images(pictures, images_per_row=len(pictures) // 2)
                 run.keep_if_best(partial(save_autoencoder, trainer), scores)
+        # After a validation, whose random numbers its state then has behind it.
+        if run.is_due(args.checkpointing_steps) and trainer.is_healthy:
+            run.save_checkpoint()
     with ema_weights(trainer.ema, trainer.autoencoder.parameters()):
         run.finish(partial(save_model, trainer))
 

@@ -4,8 +4,10 @@ dataset, drawn and measured on many processes, resumable.
 """
 
 import datetime
+import hashlib
 import json
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,12 +19,12 @@ from torchmetrics import MetricCollection
 from tqdm.auto import tqdm
 
 from .evaluation import RESULTS_FILE, EvaluationData, EvaluationProgress, check_settings
-from .files import replacing
+from .files import write_json
 from .images import load_image, save_image, to_tensor, to_uint8
 from .metrics import load_metrics
 from .pipelines.pipeline_latent_diffusion_pq import LatentDiffusionPQPipeline
 from .profiling import describe_machine
-from .training.autoencoders import weights_digest
+from .training.autoencoders import downsampling_factor, weights_digest
 from .training.data import load_images
 
 
@@ -39,7 +41,8 @@ class Sampling:
         num_samples (`int`)
         guidance_scale (`float`): Of classifier-free guidance; 1 is without.
         num_inference_steps (`int`)
-        seed (`int`): In [0, 2^31); sample i begins with the noise of the generator seeded with seed 2^32 + i.
+        seed (`int`): Sample i begins with the noise of a generator that is seeded with it and i; no two of the first
+            million samples of one seed begin alike.
         batch_size (`int`): Samples i ... i + batch_size - 1 are drawn together; rounding depends on it.
     """
 
@@ -82,12 +85,17 @@ def draw_samples(
             [class_labels[number % len(class_labels)] for number in numbers],
             guidance_scale=sampling.guidance_scale,
             num_inference_steps=sampling.num_inference_steps,
-            generator=[torch.Generator().manual_seed(sampling.seed * 2**32 + number) for number in numbers],
+            generator=[_generator(sampling.seed, number) for number in numbers],
         ).images
         for number, picture in zip(numbers, pictures):
             save_image(picture, paths[number])
     accelerator.wait_for_everyone()
     return paths
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    # torch's generator on the CPU reads the lowest 32 bits of a seed only.
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32)
 
 
 def measure_samples(
@@ -172,8 +180,8 @@ def run_generation_evaluation(
         data ([`EvaluationData`]): The pictures to compare with.
         output_dir (`str` or `os.PathLike`)
         sampling ([`Sampling`])
-        label_column (`str`, *optional*): The samples' classes are those of the dataset's rows in this column, in their
-            order. Default: all classes in turn.
+        label_column (`str`, *optional*): The samples' classes are those of the dataset's rows in this column, in an
+            order that the seed gives. Default: all classes in turn.
         name (`str`, *optional*): Of the pipeline; default: the last part of its path.
         reference_dir (`str` or `os.PathLike`, *optional*): Of the dataset's statistics, see [`add_references`].
             Default: in `<output_dir>/references`.
@@ -186,7 +194,8 @@ def run_generation_evaluation(
         `dict`: what `results.json` holds, with the `scores` `gfid` and `cmmd` and what the `unavailable` ones want.
 
     Raises:
-        ValueError: if the folder holds samples with other settings, or an argument is wrong.
+        ValueError: if the folder holds samples with other settings, the pictures to compare with have another
+            resolution than the pipeline's, or an argument is wrong.
     """
     name = name or Path(pretrained_model_name_or_path).name
     folder = Path(output_dir, name.replace("/", "--"))
@@ -195,25 +204,29 @@ def run_generation_evaluation(
         metrics, unavailable = load_metrics(tuple(GENERATION_METRICS.values()))
     pipeline.to(accelerator.device)
     metrics.to(accelerator.device)
+    resolution = pipeline.denoiser.config.sample_size * downsampling_factor(pipeline.vae)
+    if data.resolution != resolution:
+        raise ValueError(f"`resolution` is {data.resolution}, but {name} makes pictures of {resolution} pixels.")
     labels = range(pipeline.num_classes)
     if label_column is not None:
         labels = _dataset_labels(data, label_column, streaming, cache_dir)
+        random.Random(sampling.seed).shuffle(labels)  # rows are often sorted by class
     settings = asdict(sampling) | {"label_column": label_column, "reference": asdict(data)}
     settings |= {"metrics": sorted(metrics), "vae_sha256": weights_digest(pipeline.vae)}
     settings |= {"denoiser_sha256": weights_digest(pipeline.denoiser), "scheduler": type(pipeline.scheduler).__name__}
-    if (folder / RESULTS_FILE).is_file():
-        result = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-        check_settings(result["settings"], settings, folder)
-        return result
-
-    # Which samples these are; what is measured on them may change.
+    settings["configs_sha256"] = _digest([dict(pipeline.scheduler.config), dict(pipeline.vae.config)])
+    # Which samples these are; how many, and what is measured on them, may change.
     drawn = {key: value for key, value in settings.items() if key not in ("num_samples", "metrics")}
     _check_record(accelerator, folder / "sampling.json", drawn)
+    if (folder / RESULTS_FILE).is_file():
+        result = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        if result["settings"] == json.loads(json.dumps(settings)):
+            return result
     paths = draw_samples(accelerator, pipeline, labels, folder / "samples", sampling)
     scores = {}
     if metrics:
         place = f"{data.name}-{data.split}-{data.resolution}"
-        source = reference_dir or Path(output_dir, "references", place)
+        source = Path(reference_dir or Path(output_dir, "references", place), "-".join(sorted(metrics)))
         options = {"num_workers": num_workers, "streaming": streaming, "cache_dir": cache_dir}
         add_references(accelerator, metrics, data, source, sampling.batch_size, **options)
         scores = measure_samples(accelerator, metrics, paths, sampling.batch_size)
@@ -230,7 +243,7 @@ def run_generation_evaluation(
         "machine": f"{accelerator.num_processes} x {describe_machine(accelerator.device.type)}",
     }
     if accelerator.is_main_process:
-        _write_json(folder / RESULTS_FILE, result)
+        write_json(folder / RESULTS_FILE, result)
     accelerator.wait_for_everyone()
     return result
 
@@ -251,12 +264,11 @@ def _check_record(accelerator: Accelerator, path: Path, settings: dict):
         check_settings(json.loads(path.read_text(encoding="utf-8")), settings, path.parent)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _write_json(path, settings)
+        write_json(path, settings)
 
 
-def _write_json(path: Path, value: dict):
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _digest(configs: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _batches(paths: Sequence[Path], batch_size: int) -> Iterator[torch.Tensor]:

@@ -99,7 +99,7 @@ class System:
 
     def _load_from_hub(self) -> nn.Module:
         if self.files is None:
-            return _load_pretrained(self.repo_id, **({"subfolder": self.subfolder} if self.subfolder else {}))
+            return load_pretrained(self.repo_id, **({"subfolder": self.subfolder} if self.subfolder else {}))
         model = load_original_autoencoder(*(hf_hub_download(self.repo_id, name) for name in self.files))
         if self.normalized:
             normalize_pictures(model, *_IMAGENET_STATISTICS)
@@ -306,10 +306,11 @@ def load_for_evaluation(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.
     """
     if pretrained_model_name_or_path in SYSTEMS:
         return SYSTEMS[pretrained_model_name_or_path].load()
-    return _load_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+    return load_pretrained(pretrained_model_name_or_path, **hub_kwargs)
 
 
-def _load_pretrained(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Module:
+def load_pretrained(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Module:
+    """As [`load_for_evaluation`], but of a folder or Hub repository only."""
     class_name = PQModel.load_config(pretrained_model_name_or_path, **hub_kwargs).get("_class_name")
     if class_name in AUTOENCODERS:
         return load_autoencoder(pretrained_model_name_or_path, **hub_kwargs)

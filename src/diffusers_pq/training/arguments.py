@@ -118,8 +118,13 @@ def add_denoising_arguments(data, optim, run):
 
 
 def noise_shift(text: str) -> float | str:
-    """A number, or `"auto"`."""
-    return text if text == "auto" else float(text)
+    """A number above 0, or `"auto"`."""
+    if text == "auto":
+        return text
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f'must be above 0 or "auto", but is {value}')
+    return value
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str, steps: int):

@@ -73,7 +73,14 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, run: Trai
         accelerator (`Accelerator`)
         run ([`TrainingRun`])
         task ([`DenoiserTask`])
+
+    Raises:
+        ValueError: if the flags contradict each other.
     """
+    if args.snr_gamma is not None and args.rescale_betas_zero_snr:
+        raise ValueError(
+            "--snr_gamma leaves the last timestep of --rescale_betas_zero_snr untrained: give one of them."
+        )
     task.vae.to(accelerator.device)
     if run.checkpoint is None and args.num_statistics_images:
         _measure_statistics(args, task)
@@ -111,10 +118,11 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, run: Trai
                 "skipped_images": loader.dataset.bad_images.total(accelerator),
             }
             run.log(logs)
-        if run.is_due(args.checkpointing_steps) and not trainer.steps.in_a_row:
-            run.save_checkpoint()
+        # Before the checkpoint, which keeps the state of the random numbers that a validation draws.
         if run.is_due(args.validation_steps):
             _validate(run, trainer, task, validation)
+        if run.is_due(args.checkpointing_steps) and not trainer.steps.in_a_row:
+            run.save_checkpoint()
     with ema_weights(trainer.ema, denoiser.learned_parameters()):
         run.finish(partial(task.save, trainer))
 
