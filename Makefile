@@ -70,7 +70,7 @@ SWEEP = OMP_NUM_THREADS=1 $(BIN)/python training_scripts/sweep_pqgan.py --output
 
 # Two workers, some half an hour on 2 cores.
 sweep-mini: install data/debian-tiles
-	$(SWEEP) & $(SWEEP) && wait
+	$(SWEEP) & other=$$!; $(SWEEP); status=$$?; wait $$other && exit $$status
 	$(BIN)/python benchmarks/sweep_figures.py runs/sweep_$(START)
 
 data/stamps: | install

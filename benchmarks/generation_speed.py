@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from diffusers_pq import PQModel, widen_unet
+from diffusers_pq.files import write_json
 from diffusers_pq.profiling import describe_machine, measure_peak_bytes, measure_seconds
 
 
@@ -42,7 +43,13 @@ PROMPT_TOKENS = 77
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        choices=SYSTEMS,
+        default=list(SYSTEMS),
+        help="SD 2.1, which all are compared with, always",
+    )
     parser.add_argument("--num_inference_steps", type=int, default=50, help="steps that a picture is counted with")
     parser.add_argument("--steps", type=int, default=2, help="steps that are timed; the median counts")
     parser.add_argument("--device", default="cpu")
@@ -99,18 +106,19 @@ def main(args):
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(SD21_UNET).eval()
     rows = {}
-    for name in args.systems:
+    machine = f"{describe_machine(args.device)}, {args.dtype}, {datetime.date.today().isoformat()}"
+    for name in SYSTEMS:
+        if name not in ("SD 2.1", *args.systems):
+            continue
         autoencoder, pixels, paper_ratio = SYSTEMS[name]
         own_unet, vae, channels, factor = build(autoencoder, unet, args)
         rows[name] = measure(own_unet, vae, channels, pixels // factor, args)
         rows[name] |= {"pixels": pixels, "F": factor, "d": channels, "paper_ratio": paper_ratio}
-        rows[name]["speed_ratio"] = rows[args.systems[0]]["picture_seconds"] / rows[name]["picture_seconds"]
+        rows[name]["speed_ratio"] = rows["SD 2.1"]["picture_seconds"] / rows[name]["picture_seconds"]
         print(name, json.dumps(rows[name]), flush=True)
         del own_unet, vae
-    machine = f"{describe_machine(args.device)}, {args.dtype}, {datetime.date.today().isoformat()}"
-    record = {"machine": machine, "num_inference_steps": args.num_inference_steps, "systems": rows}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "generation_speed.json").write_text(json.dumps(record, indent=2) + "\n")
+        record = {"machine": machine, "num_inference_steps": args.num_inference_steps, "systems": rows}
+        write_json(args.output_dir / "generation_speed.json", record)
     plot(rows, args.num_inference_steps, machine, args.output_dir / "generation_speed.png")
 
 

@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
+from diffusers_pq import PQModel
 from diffusers_pq.bottlenecks import BOTTLENECKS, create_bottleneck, fit_quantizer, load_bottleneck
 from diffusers_pq.evaluation import EvaluationData, check_settings, describe_latents, evaluate_autoencoder
 from diffusers_pq.files import write_json, write_text
@@ -39,7 +40,7 @@ from diffusers_pq.photographs import load_photographs
 from diffusers_pq.profiling import describe_machine
 from diffusers_pq.reconstruction import reconstruct_picture
 from diffusers_pq.training.autoencoders import ReconstructionModel
-from diffusers_pq.training.initialisation import collect_latents
+from diffusers_pq.training.initialisation import collect_latents, copy_matching_weights
 
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +49,9 @@ RECIPE = ("--config", str(ROOT / "training_scripts" / "recipes" / "pqgan-mini.ya
 PHOTOGRAPH_METRICS = ("psnr", "ssim", "lpips_alex")
 SETTINGS = ("resolution", "train_batch_size", "max_train_steps", "learning_rate", "weight_init", "codebook_init")
 SETTINGS += ("perceptual_weight", "discriminator_weight", "kl_weight", "seed", "dataset_name", "train_data_dir")
+# Flags that not all bottlenecks know.
+NOT_FOR_ALL = ("codebook_distance", "gradient_estimator", "codebook_ema_decay", "reseed_dead_entries")
+NOT_FOR_ALL += ("quantize_from_step", "backbone_name_or_path", "pretrained_model_name_or_path")
 COLUMNS = {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".3f"), "lpips_alex": ("LPIPS", ".4f")}
 COLUMNS |= {"rfid": ("rFID", ".3g"), "cmmd": ("CMMD", ".3g"), "H_n": ("H_n", ".3f"), "P_n": ("P_n", ".3f")}
 
@@ -74,6 +78,7 @@ def build_model(train_pqgan, name, config, args, train_args):
     train_images = train_pqgan["load_split"](train_args, "train")
     autoencoder = create_bottleneck(name, config, args.vq_codebook_size)
     torch.manual_seed(train_args.seed)
+    copy_matching_weights(autoencoder, PQModel.from_config(config))  # encoder and decoder
     if train_args.weight_init == "pca":
         train_pqgan["fit_to_images"](train_args, autoencoder, train_images)
     if train_args.codebook_init == "kmeans" and name not in ("kl", "none"):
@@ -103,7 +108,8 @@ def evaluate_validation(accelerator, model, args, train_args):
         max_samples=args.max_eval_samples,
     )
     share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-    loader = data.loader(train_args.train_batch_size, streaming=train_args.streaming, **share)
+    options = {"streaming": train_args.streaming, "cache_dir": train_args.cache_dir}
+    loader = data.loader(train_args.train_batch_size, **options, **share)
     metrics, unavailable = load_metrics(tuple(METRICS))
     scores, pictures = evaluate_autoencoder(accelerator, model, loader, metrics)
     return {"pictures": pictures, "scores": scores, "unavailable": unavailable}
@@ -122,12 +128,17 @@ def run_bottleneck(train_pqgan, name, config, args):
     folder = args.runs_dir / name
     flags = [*args.flags, "--model_config_name_or_path", args.model_config, "--output_dir", str(folder)]
     train_args = train_pqgan["parse_args"](flags)
+    usual = train_pqgan["parse_args"](["--model_config_name_or_path", args.model_config])
+    if given := [flag for flag in NOT_FOR_ALL if getattr(train_args, flag) != getattr(usual, flag)]:
+        raise ValueError(f"Not all bottlenecks know --{', --'.join(given)}: leave it out.")
     settings = {key: getattr(train_args, key) for key in SETTINGS}
     settings |= {key: getattr(args, key) for key in ("vq_codebook_size", "eval_resolution", "max_eval_samples")}
     settings["model_config"] = {key: value for key, value in config.items() if not key.startswith("_")}
+    for path in args.runs_dir.glob("*/settings.json"):
+        check_settings(json.loads(path.read_text()), settings, path.parent)
     if (folder / "results.json").is_file():
-        check_settings(json.loads((folder / "results.json").read_text())["settings"], settings, folder)
         return
+    write_json(folder / "settings.json", settings)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         train(train_pqgan, name, config, args, train_args)
     accelerator = Accelerator()

@@ -116,7 +116,7 @@ def main(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     failed = sweep.run(args.configurations)
     done = sum(map(sweep.is_done, args.configurations))
-    print(f"{done} of {len(args.configurations)} configurations are done, {len(failed)} failed here.")
+    print(f"{done} of {len(args.configurations)} configurations are done, {len(failed)} failed here.", *failed)
     return 1 if failed else 0
 
 

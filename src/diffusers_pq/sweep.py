@@ -29,11 +29,22 @@ logger = logging.getLogger(__name__)
 _SHARED_FLAGS = (
     "dataset_name",
     "resolution",
+    "random_flip",
     "max_train_steps",
     "learning_rate",
     "lr_scheduler",
+    "lr_warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
     "weight_init",
     "codebook_init",
+    "codebook_distance",
+    "codebook_weight",
+    "codebook_ema_decay",
+    "reseed_dead_entries",
+    "gradient_estimator",
+    "quantize_from_step",
     "perceptual_weight",
     "discriminator_weight",
     "seed",
@@ -260,14 +271,15 @@ class Sweep:
         """Run a command to its end, the claim renewed meanwhile."""
         command = [str(part) for part in command]
         with log.open("a", encoding="utf-8") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+            options = {"stdout": file, "stderr": subprocess.STDOUT, "preexec_fn": _die_with_parent}
+            process = subprocess.Popen(command, **options, start_new_session=True)
         try:
             while process.poll() is None:
                 claim.renew()
                 _wait(process, self.claim_timeout / _RENEWALS)
         finally:
             if process.poll() is None:
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)  # what a launcher has started, too
                 process.wait()
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)

@@ -119,6 +119,8 @@ def check_findings(results: pd.DataFrame) -> list[Finding]:
         )
     slopes = psnr.apply(slope_per_doubling, axis="columns")
     whole = psnr.dropna(axis="columns").mean(axis="columns")
+    if whole.isna().all():
+        raise ValueError("Findings need a d and K with all values of S, but none is done yet.")
     gains = whole.diff().dropna()
     over_sizes = (results.groupby(["d", "S"]).psnr.max() - results.groupby(["d", "S"]).psnr.min()).mean()
     over_subspaces = (results.groupby(["d", "K"]).psnr.max() - results.groupby(["d", "K"]).psnr.min()).mean()
