@@ -16,6 +16,8 @@ steps). So on GPUs, with the paper's losses:
         --vq_codebook_size 16384 --runs_dir runs/comparison-f8 -- \\
         --config training_scripts/recipes/pqgan-f8.yaml --max_train_steps 200000
 
+Several processes end with each training, since their group does: start them again to evaluate it and to go on.
+
 Every trained model is evaluated on the `validation` split and on the held-out photographs. Writes
 quantizer_comparison.json and .md.
 """
@@ -24,10 +26,11 @@ import argparse
 import datetime
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_pq import PQModel
@@ -141,6 +144,8 @@ def run_bottleneck(train_pqgan, name, config, args):
     write_json(folder / "settings.json", settings)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         train(train_pqgan, name, config, args, train_args)
+        if PartialState().num_processes > 1:
+            sys.exit(f"{name} is trained. Start the same command again to go on.")
     accelerator = Accelerator()
     model = load_bottleneck(name, folder, config, args.vq_codebook_size).to(accelerator.device)
     result = {
