@@ -25,7 +25,6 @@ from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 import diffusers_pq
-from diffusers_pq import PQModel, StableDiffusionPQPipeline
 from diffusers_pq.cli import _build_parser, main
 from diffusers_pq.training.autoencoders import load_autoencoder
 from diffusers_pq.training.scratch import create_stable_diffusion, train_clip_tokenizer
@@ -83,7 +82,7 @@ BLOCKS = [block for page in PAGES for block in SYBIL.parse(page)]
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
-    """What `make train-pqsd-mini` writes, with a smaller UNet and untrained."""
+    """The first of what `make train-pqsd-mini` writes, with a smaller UNet and untrained."""
     runs = tmp_path_factory.mktemp("pipelines") / "runs"
     torch.manual_seed(0)
     unet = {name: value for name, value in tiny_unet(4).config.items() if not name.startswith("_")}
@@ -94,9 +93,6 @@ def pipelines(tmp_path_factory):
     vae = load_autoencoder(str(ROOT / "model_cards" / "pqgan-mini-f8-kl"))
     pipeline = create_stable_diffusion(vae, tokenizer, unet, text_encoder, "v_prediction")
     pipeline.save_pretrained(runs / "sd-mini")
-    vae = PQModel.from_pretrained(ROOT / "model_cards" / "pqgan-mini-f8-pq")
-    pipeline = StableDiffusionPQPipeline.from_stable_diffusion(runs / "sd-mini", vae, safety_checker=None)
-    pipeline.save_pretrained(runs / "pqsd-mini")
     return runs
 
 
