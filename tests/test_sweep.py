@@ -52,7 +52,7 @@ folder.mkdir(parents=True)
 
 def stand_in(output_dir, *flags, claim_timeout=30.0):
     train = [sys.executable, "-c", SLOW_ONCE, *flags]
-    return Sweep(output_dir, {"_class_name": "PQModel"}, train, [[sys.executable, "-c", EVALUATE]], claim_timeout)
+    return Sweep(output_dir, {"_class_name": "PQModel"}, train, [sys.executable, "-c", EVALUATE], [[]], claim_timeout)
 
 
 def wait_for(condition):
@@ -216,6 +216,9 @@ def test_trains_evaluates_and_skips_what_is_done(tmp_path, monkeypatch):
     assert sweep() == 0 and weights.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="d8-s2-k16 was trained with max_train_steps 2, now 3"):
         sweep("--max_train_steps", "3")
+    with pytest.raises(ValueError, match="d8-s2-k16 was evaluated with .*--metrics psnr ssim"):
+        flags[flags.index("--metrics psnr ssim")] = "--metrics psnr"
+        sweep()
 
 
 def results_of(psnr, entropy):

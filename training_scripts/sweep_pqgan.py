@@ -108,7 +108,8 @@ def main(args):
         args.output_dir,
         load_model_config(args.train_args.model_config_name_or_path),
         [*launcher, str(TRAIN), *args.train_flags],
-        [[*launcher, str(EVALUATE), *flags] for flags in args.evaluation_flags],
+        [*launcher, str(EVALUATE)],
+        args.evaluation_flags,
         args.claim_timeout,
     )
     sweep.check_earlier_runs(args.configurations, vars(args.train_args))

@@ -49,6 +49,7 @@ _SHARED_FLAGS = (
     "discriminator_weight",
     "seed",
 )
+_EVALUATIONS = "evaluations.json"
 _RENEWALS = 10  # of a claim, within the time that makes it stale
 
 
@@ -177,7 +178,8 @@ class Sweep:
         output_dir (`Path`): Shared by all workers.
         model_config (`dict`): Config of a [`PQModel`], of which d, S and K are varied.
         train_command (`list[str]`): Starts `train_pqgan.py`, with all flags but those of model, output and resuming.
-        evaluation_commands (`list[list[str]]`): Start `evaluate_reconstruction.py`, likewise, on one dataset each.
+        evaluation_command (`list[str]`): Starts `evaluate_reconstruction.py`, without flags.
+        evaluations (`list[list[str]]`): Its flags, likewise, for one dataset each.
         claim_timeout (`float`): Seconds after which a worker that gives no sign of life is replaced. Ten minutes or
             more on a network file system, whose caches may hide signs of life for a minute.
     """
@@ -185,7 +187,8 @@ class Sweep:
     output_dir: Path
     model_config: dict
     train_command: list[str]
-    evaluation_commands: list[list[str]]
+    evaluation_command: list[str]
+    evaluations: list[list[str]]
     claim_timeout: float = 600.0
 
     def folder(self, configuration: Configuration) -> Path:
@@ -193,7 +196,7 @@ class Sweep:
 
     def is_done(self, configuration: Configuration) -> bool:
         """Whether all evaluations have written their results."""
-        return len(read_results(self.folder(configuration) / "evaluation")) >= len(self.evaluation_commands)
+        return len(read_results(self.folder(configuration) / "evaluation")) >= len(self.evaluations)
 
     def model_config_of(self, configuration: Configuration) -> dict:
         return self.model_config | asdict(configuration)
@@ -201,14 +204,24 @@ class Sweep:
     def check_earlier_runs(self, configurations: Sequence[Configuration], train_flags: dict):
         """
         Raises:
-            ValueError: if a configuration was trained with another model or other flags, which would make the results
-                incomparable.
+            ValueError: if a configuration was trained with another model or other flags, or evaluated otherwise, which
+                would make the results incomparable.
         """
         wanted = {name: train_flags[name] for name in _SHARED_FLAGS}
         for configuration in configurations:
             folder = self.folder(configuration)
             _check_same(folder / "model_config.json", self.model_config_of(configuration))
             _check_same(folder / "training_config.json", wanted)
+            self._check_evaluations(folder / _EVALUATIONS)
+
+    def _check_evaluations(self, path: Path):
+        """More evaluations than before may be asked for, but not others."""
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        if missing := [" ".join(flags) for flags in earlier if flags not in self.evaluations]:
+            raise ValueError(
+                f"{path.parent} was evaluated with {'; '.join(missing)}: ask for that too, choose another "
+                "`--output_dir`, or remove the folder."
+            )
 
     def run(self, configurations: Sequence[Configuration]) -> list[Configuration]:
         """
@@ -263,9 +276,10 @@ class Sweep:
         write_json(config, self.model_config_of(configuration))
         train = ["--model_config_name_or_path", config, "--output_dir", folder, "--resume_from_checkpoint", "latest"]
         self._call([*self.train_command, *train], folder / "log.txt", claim)
-        for command in self.evaluation_commands:
+        write_json(folder / _EVALUATIONS, self.evaluations)
+        for flags in self.evaluations:
             evaluate = ["--pretrained_model_name_or_path", folder, "--output_dir", folder / "evaluation"]
-            self._call([*command, *evaluate], folder / "log.txt", claim)
+            self._call([*self.evaluation_command, *flags, *evaluate], folder / "log.txt", claim)
 
     def _call(self, command: list, log: Path, claim: Claim):
         """Run a command to its end, the claim renewed meanwhile."""
