@@ -200,7 +200,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(workspace):
 def test_bad_arguments_are_named(workspace, extra, message, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     script = runpy.run_path(str(SCRIPT))
-    arguments = command(workspace, "out", "--discriminator_weight", "0", *extra)[2:]
+    arguments = command(workspace, "out", "--discriminator_weight", "0", *extra)[1:]
     with pytest.raises((ValueError, FileNotFoundError, SystemExit)) as error:
         script["main"](script["parse_args"](arguments))
     assert message in str(error.value) + capsys.readouterr().err

@@ -50,7 +50,8 @@ def adapt_schedule(
     Raises:
         ValueError: if epsilon is to be predicted where there is nothing but noise.
     """
-    adapted = DDIMScheduler.from_config(scheduler.config)
+    # Latents have no bounds to be clipped to; DDIM's default is that of pixels.
+    adapted = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
     changes = {}
     if shift != 1:
         # To the end: after a shift, even the first timestep has noise to be seen.
