@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from diffusers_pq.evaluation import EvaluationData
 from diffusers_pq.generation import Sampling, run_generation_evaluation
+from diffusers_pq.training.arguments import add_evaluation_data_arguments
 
 
 def parse_args(argv=None):
@@ -35,13 +36,7 @@ def parse_args(argv=None):
     samples.add_argument("--batch_size", type=int, default=16, help="per process")
     samples.add_argument("--label_column", help="draw the classes of the dataset's rows; default: all in turn")
     data = parser.add_argument_group("data to compare with")
-    source = data.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset_name", help="Hub dataset or local dataset folder")
-    source.add_argument("--data_dir", help="folder in the imagefolder layout")
-    data.add_argument("--dataset_config_name")
-    data.add_argument("--split", default="validation")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--resolution", type=int, default=256, help="side of the centre crops")
+    add_evaluation_data_arguments(data)
     data.add_argument("--max_samples", type=int, help="only the first pictures")
     data.add_argument("--streaming", action="store_true", help="read while measuring instead of downloading first")
     data.add_argument("--cache_dir", help="of the dataset")

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from diffusers_pq.evaluation import EvaluationData, run_evaluation, write_table
 from diffusers_pq.metrics import METRICS
 from diffusers_pq.systems import SYSTEMS, systems_table
+from diffusers_pq.training.arguments import add_evaluation_data_arguments
 
 
 def parse_args(argv=None):
@@ -41,13 +42,7 @@ def parse_args(argv=None):
     model.add_argument("--variant")
     model.add_argument("--name", help="of the model in the table; default: the last part of its path")
     data = parser.add_argument_group("data")
-    source = data.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset_name", help="Hub dataset or local dataset folder")
-    source.add_argument("--data_dir", help="folder in the imagefolder layout")
-    data.add_argument("--dataset_config_name")
-    data.add_argument("--split", default="validation")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--resolution", type=int, default=256, help="side of the centre crops")
+    add_evaluation_data_arguments(data)
     data.add_argument(
         "--image_interpolation_mode",
         choices=("bicubic", "bilinear", "box", "lanczos"),
