@@ -156,9 +156,9 @@ def generate(prompt: str, steps: int, guidance: float, seed: int, progress=gr.Pr
     return PIPELINE(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=generator).images[0]
 
 
-def shown_picture(label: str) -> gr.Image:
+def shown_picture(label: str, **options) -> gr.Image:
     # PNG: Gradio's default is lossy.
-    return gr.Image(format="png", label=label, buttons=["fullscreen", "download"], interactive=False)
+    return gr.Image(format="png", label=label, buttons=["fullscreen", "download"], interactive=False, **options)
 
 
 def reconstruction_tab():
@@ -227,10 +227,13 @@ def generation_tab():
             guidance = gr.Slider(1, 15, value=4, step=0.5, label="Guidance scale")
             seed = gr.Slider(0, 2**31 - 1, value=0, step=1, label="Seed")
             button = gr.Button("Generate", variant="primary")
-        image = shown_picture("Generated")
+        image = shown_picture("Generated", elem_id="generated")
     inputs = [prompt, steps, guidance, seed]
     gr.on([button.click, prompt.submit], generate, inputs, image, concurrency_id="models")
 
+
+# The mini model's pictures have 64 pixels a side; only their display is enlarged.
+STYLE = "#generated img { min-width: 384px; min-height: 384px; object-fit: contain; }"
 
 # Uploaded pictures are deleted after an hour.
 with gr.Blocks(title="Product-quantised image latents", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
@@ -242,4 +245,4 @@ with gr.Blocks(title="Product-quantised image latents", analytics_enabled=False,
 
 
 if __name__ == "__main__":
-    demo.queue(max_size=16).launch(theme=gr.themes.Default(), share=False, max_file_size="20mb")
+    demo.queue(max_size=16).launch(theme=gr.themes.Default(), css=STYLE, share=False, max_file_size="20mb")
