@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torchmetrics import MetricCollection
 
 from diffusers_pq import LatentDiffusionPQPipeline
-from diffusers_pq.evaluation import EvaluationData
+from diffusers_pq.evaluation import EvaluationData, check_settings
 from diffusers_pq.files import replacing, write_json
 from diffusers_pq.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.images import to_uint8
@@ -39,6 +39,8 @@ from diffusers_pq.training.denoising import add_noise, predicted_latents
 from diffusers_pq.training.latents import decode_latents, encode_latents, scale_latents
 
 
+# In what the runs may differ.
+OWN_SETTINGS = ("vae_name_or_path", "vae_subfolder", "output_dir", "noise_shift")
 NOISE_DRAWS = 4  # for each held-out picture
 THUMBNAIL_SIDE = 8
 
@@ -80,6 +82,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.runs = {name: Path(folder) for name, folder in args.runs}
     return args
+
+
+def read_configs(runs):
+    """How each run was trained; a `ValueError` if not as the others."""
+    configs = {label: json.loads((folder / "training_config.json").read_text()) for label, folder in runs.items()}
+    first, *others = ({k: v for k, v in config.items() if k not in OWN_SETTINGS} for config in configs.values())
+    for label, other in zip(list(configs)[1:], others):
+        check_settings(other, first, runs[label])
+    return configs
 
 
 def held_out_pictures(config, names):
@@ -129,8 +140,7 @@ def compare(pipeline, latents, pictures, batch_size):
 
 def measure_distances(accelerator, args, pipeline, folder, data, classes, references, spaces):
     """Fréchet distances of a run's samples, and of its autoencoder's reconstructions, to the training pictures."""
-    number = args.num_samples or len(classes)
-    sampling = Sampling(number, args.guidance_scale, args.num_inference_steps, 0, args.batch_size)
+    sampling = Sampling(args.num_samples, args.guidance_scale, args.num_inference_steps, 0, args.batch_size)
     settings = f"samples-{weights_digest(pipeline.denoiser)[:8]}-{args.num_inference_steps}-{args.guidance_scale:g}"
     paths = draw_samples(accelerator, pipeline, classes, folder / settings, sampling)
     metrics = fresh_metrics(spaces)
@@ -202,14 +212,18 @@ def markdown_tables(record):
 def main(args):
     accelerator = Accelerator(cpu=True)
     pipelines = {label: LatentDiffusionPQPipeline.from_pretrained(folder) for label, folder in args.runs.items()}
-    configs = {label: json.loads((folder / "training_config.json").read_text()) for label, folder in args.runs.items()}
-    for pipeline in pipelines.values():
-        pipeline.set_progress_bar_config(disable=True)
+    configs = read_configs(args.runs)
     config = next(iter(configs.values()))
     names = list(next(iter(pipelines.values())).config.id2label.values())
     data = EvaluationData(data_dir=config["train_data_dir"], split="train", resolution=config["resolution"])
     rows = load_images(None, config["train_data_dir"], "image", "train", other_columns=(config["label_column"],))
     classes = list(rows[config["label_column"]])
+    random.Random(0).shuffle(classes)  # rows are sorted by class
+    args.num_samples = args.num_samples or len(classes)
+    args.grid_classes = args.grid_classes or names[:8]
+    for pipeline in pipelines.values():
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.get_label_ids(args.grid_classes)  # a wrong one shows before the measurements
     spaces = {f"{THUMBNAIL_SIDE} x {THUMBNAIL_SIDE} pixels": Thumbnails()}
     spaces |= {f"features of the {label} encoder": EncoderFeatures(p.vae) for label, p in pipelines.items()}
     pictures, labels = held_out_pictures(config, names)
@@ -228,7 +242,7 @@ def main(args):
     record |= {"held_out_pictures": len(pictures), "noise_draws": NOISE_DRAWS, "runs": runs}
     write_json(args.output_dir / "latent_diffusion.json", record)
     plot(runs, args.output_dir / "latent_diffusion.png")
-    draw_grid(args, pipelines, args.grid_classes or names[:8], args.output_dir / "latent_diffusion_samples.png")
+    draw_grid(args, pipelines, args.grid_classes, args.output_dir / "latent_diffusion_samples.png")
     print(markdown_tables(record))
 
 

@@ -21,6 +21,8 @@ except ModuleNotFoundError as error:
         "{name} needs the Python package `diffusers_pq`, which is not installed: install it."
     ) from error
 """
+# For the parents' checks: they ask for multiples of 8 whatever the downsampling factor.
+ACCEPTED_SIZE = (8, 8)
 _VAE_CODE = "from diffusers_pq import PQModel  # noqa: F401\n"
 
 
@@ -72,6 +74,14 @@ class PQLatentsMixin(ImportedByCodeMixin):
     def _get_signature_types(cls) -> dict[str, tuple]:
         # What `from_pipe` accepts: the parent's signature names `AutoencoderKL`.
         return super()._get_signature_types() | {"vae": (PQModel,)}
+
+    def _check_size(self, height: int, width: int):
+        factor = self.vae_scale_factor
+        if height % factor or width % factor:
+            raise ValueError(
+                f"`height` and `width` must be multiples of the downsampling factor F = {factor}, but are {height} "
+                f"and {width}."
+            )
 
     def enable_vae_tiling(self):
         """As `vae.enable_tiling()`; diffusers' own pipelines have lost this method in version 0.40 or before."""
@@ -175,7 +185,10 @@ def _check_tokens(prompt: str, tokenizer, text_encoder):
 def _check_components(vae, unet):
     # A component may be None (loaded later), or a list of class names while `from_pretrained` is at work.
     if isinstance(vae, torch.nn.Module) and not isinstance(_original(vae), PQModel):
-        raise TypeError(f"`vae` must be a PQModel, but is a {type(vae).__name__}.")
+        raise TypeError(
+            f"`vae` must be a PQModel, but is a {type(vae).__name__}. A plain Stable Diffusion becomes a starting "
+            "point by `StableDiffusionPQPipeline.from_stable_diffusion(..., vae=pq_model)`."
+        )
     if not isinstance(vae, torch.nn.Module) or not isinstance(unet, torch.nn.Module):
         return
     if unet.config.in_channels != vae.config.latent_channels:

@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 from diffusers_pq.models.autoencoder_pq import PQModel
 from diffusers_pq.models.widening import widen_unet
-from diffusers_pq.pipelines.latents import PQLatentsMixin
+from diffusers_pq.pipelines.latents import ACCEPTED_SIZE, PQLatentsMixin
 
 
 class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
@@ -32,7 +32,7 @@ class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str`): A Stable Diffusion pipeline on the Hub or on disk.
-            vae ([`PQModel`]): Replaces the pipeline's autoencoder.
+            vae ([`PQModel`]): Replaces the pipeline's autoencoder, and gets its dtype.
             init (`str`, *optional*, defaults to `"copy"`): See [`widen_unet`].
             kwargs: For `StableDiffusionPipeline.from_pretrained`.
 
@@ -49,13 +49,8 @@ class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
         return cls(**components, requires_safety_checker=source.config.requires_safety_checker)
 
     def check_inputs(self, prompt, height, width, *args, **kwargs):
-        factor = self.vae_scale_factor
-        if height % factor or width % factor:
-            raise ValueError(
-                f"`height` and `width` must be multiples of the downsampling factor F = {factor}, but are {height} "
-                f"and {width}."
-            )
-        super().check_inputs(prompt, height, width, *args, **kwargs)
+        self._check_size(height, width)
+        super().check_inputs(prompt, *ACCEPTED_SIZE, *args, **kwargs)
 
     @torch.no_grad()
     def __call__(

@@ -25,7 +25,8 @@ class StableDiffusionPQImg2ImgPipeline(PQLatentsMixin, StableDiffusionImg2ImgPip
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # By this number the processor tells latents, which pass through, from pictures.
-        self.image_processor.register_to_config(vae_latent_channels=self.vae.config.latent_channels)
+        if self.vae is not None:
+            self.image_processor.register_to_config(vae_latent_channels=self.vae.config.latent_channels)
 
     def prepare_latents(
         self, image, timestep, batch_size, num_images_per_prompt, dtype, device, generator=None

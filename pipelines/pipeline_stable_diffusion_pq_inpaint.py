@@ -10,7 +10,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
-from diffusers_pq.pipelines.latents import PQLatentsMixin
+from diffusers_pq.pipelines.latents import ACCEPTED_SIZE, PQLatentsMixin
 
 
 class StableDiffusionPQInpaintPipeline(PQLatentsMixin, StableDiffusionInpaintPipeline):
@@ -25,6 +25,10 @@ class StableDiffusionPQInpaintPipeline(PQLatentsMixin, StableDiffusionInpaintPip
         TypeError: if the `vae` is no `PQModel`.
         ValueError: if the UNet's channels are not the autoencoder's latent channels; the message names both.
     """
+
+    def check_inputs(self, prompt, image, mask_image, height, width, *args, **kwargs):
+        self._check_size(height, width)
+        super().check_inputs(prompt, image, mask_image, *ACCEPTED_SIZE, *args, **kwargs)
 
     @torch.no_grad()
     def __call__(

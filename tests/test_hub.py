@@ -219,6 +219,10 @@ print(json.dumps([failed, between, reproduces(PQModel.from_pretrained("org/large
 
 
 def test_push_uploads_a_checked_folder_once(hub, client, root):
+    shutil.copytree(root / "pipeline", root / "trained")
+    for name in ("checkpoint-5/optimizer.bin", "logs/train_pqsd/events"):
+        (root / "trained" / name).parent.mkdir(parents=True)
+        (root / "trained" / name).write_bytes(b"not for the Hub")
     shutil.copytree(root / "model", root / "unlicensed")
     (root / "unlicensed" / "README.md").write_text("---\nlicense: [1, 2]\n---\n")
     hub.cut("POST", "/api/models/org/card/commit/main")
@@ -233,7 +237,7 @@ def push(*arguments):
         status = main(["push", *arguments])
     return [status, out.getvalue().strip(), err.getvalue().strip().splitlines()[-1:]]
 
-model, pipeline = f"{root}/model", f"{root}/pipeline"
+model, pipeline = f"{root}/model", f"{root}/trained"
 print(json.dumps({
     "cut": push(model, "org/card", "--private"),
     "repeated": push(model, "org/card", "--private"),
@@ -261,6 +265,7 @@ print(json.dumps({
         files = {str(path.relative_to(root / name)) for path in (root / name).rglob("*") if path.is_file()}
         remote = hub.files("org/card", revision)
         assert files and all(remote[path] == (root / name / path).read_bytes() for path in files)
+        assert not [path for path in remote if path.startswith(("checkpoint-", "logs/"))]
     assert hub.repositories["org/card"].private
     assert report["public"][0] == 0 and not hub.repositories["org/model-card"].private
     for case, message in {

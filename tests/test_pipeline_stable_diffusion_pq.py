@@ -77,6 +77,7 @@ def test_callbacks_reach_the_parent(pipeline):
 def test_wrong_sizes_and_channels_are_refused(pipeline):
     with pytest.raises(ValueError, match="multiples of the downsampling factor F = 4, but are 30 and 32"):
         generate(pipeline, height=30, width=32)
+    assert generate(pipeline, height=36, width=32, output_type="np").images.shape[1:3] == (36, 32), "no multiple of 8"
     with pytest.raises(ValueError, match="`unet` takes 4 latent channels, but the `vae` has 8"):
         StableDiffusionPQPipeline(
             pipeline.vae, None, None, tiny_unet(4), DDIMScheduler(), None, None, requires_safety_checker=False
@@ -142,6 +143,13 @@ def test_inpainting_keeps_what_the_mask_keeps(inpaint):
     assert inpaint.unet.config.in_channels == 8, "put back after the parent's check for 4 channels"
     images = generate(inpaint, image=picture, mask_image=mask).images
     assert [image.size for image in images] == [(32, 32)] * 2
+
+
+def test_inpainting_checks_sizes_by_the_downsampling_factor(inpaint):
+    pictures = {"image": PIL.Image.new("RGB", (36, 32)), "mask_image": PIL.Image.new("L", (36, 32), 255)}
+    assert generate(inpaint, **pictures, height=32, width=36).images[0].size == (36, 32)
+    with pytest.raises(ValueError, match="multiples of the downsampling factor F = 4, but are 32 and 30"):
+        generate(inpaint, **pictures, height=32, width=30)
 
 
 def test_inpainting_a_crop_pastes_it_into_the_picture(inpaint):

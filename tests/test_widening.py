@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from safetensors.torch import load_file
 
 from diffusers_pq import widen_denoiser, widen_unet
 from diffusers_pq.cli import main
@@ -142,8 +143,12 @@ def test_bad_input_is_named(unet):
 def test_console_command(unet, tmp_path, capsys):
     unet.save_pretrained(tmp_path / "pipeline" / "unet")
     command = ["widen-unet", str(tmp_path / "pipeline"), "--subfolder", "unet", "--latent-channels", "8"]
-    command += ["--output", str(tmp_path / "wide")]
+    command += ["--dtype", "bfloat16", "--output", str(tmp_path / "wide")]
     assert main(command) == 0
     assert UNet2DConditionModel.from_pretrained(tmp_path / "wide").config.in_channels == 8
+    stored = load_file(tmp_path / "wide" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert main(command) == 1
     assert "exists already" in capsys.readouterr().err
+    assert main([*command[:2], *command[4:-1], str(tmp_path / "other")]) == 1
+    assert "name the denoiser: `--subfolder unet`" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def parse_args(argv=None):
 def build_pipeline(args, run, names):
     """The pipeline that is trained; a resumed run takes the autoencoder that holds the latents' statistics."""
     if run.checkpoint is not None:
-        vae = load_pretrained(str(Path(args.output_dir, "vae")))
+        vae = load_pretrained(str(run.checkpoint.parent / "vae"))
     else:
         vae = load_pretrained(args.vae_name_or_path, subfolder=args.vae_subfolder)
     factor = downsampling_factor(vae)

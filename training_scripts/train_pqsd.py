@@ -82,6 +82,8 @@ def parse_args(argv=None):
         args.stages = [Stage.parse(text) for text in args.stages.split()]
     except ValueError as error:
         parser.error(f"--stages: {error}")
+    if args.lora_rank and (args.train_text_encoder or args.unet_init == "random"):
+        parser.error("--lora_rank keeps neither a --train_text_encoder nor a UNet of --unet_init random: leave it out")
     if args.max_train_steps is None:
         args.max_train_steps = sum(stage.steps for stage in args.stages)
     return args
@@ -93,9 +95,8 @@ def build_pipeline(args, run):
     is_pq = DiffusionPipeline.load_config(source)["vae"][-1] == "PQModel"
     source_class = StableDiffusionPQPipeline if is_pq else StableDiffusionPipeline
     pipeline = source_class.from_pretrained(source, safety_checker=None)
-    saved = Path(args.output_dir, "vae")
     if run.checkpoint is not None:
-        vae = load_autoencoder(str(saved))
+        vae = load_autoencoder(str(run.checkpoint.parent / "vae"))
     else:
         vae = load_autoencoder(args.vae_name_or_path) if args.vae_name_or_path else pipeline.vae
     components = {name: getattr(pipeline, name) for name in pipeline.components} | {"vae": vae.requires_grad_(False)}
@@ -149,7 +150,7 @@ def build_task(args, pipeline):
 
 
 def save_pipeline(args, pipeline, trainer, folder):
-    """The whole pipeline, or with `--lora_rank` what has been trained of it and the autoencoder."""
+    """The whole pipeline, or with `--lora_rank` what has been trained of it, autoencoder and noise schedule."""
     unet = whole_module(trainer.accelerator, trainer.denoiser, "unet")
     text_encoder = whole_module(trainer.accelerator, trainer.denoiser, "text_encoder")
     if not trainer.accelerator.is_main_process:
@@ -157,6 +158,7 @@ def save_pipeline(args, pipeline, trainer, folder):
     if args.lora_rank:
         save_lora(unet, type(pipeline), folder)
         pipeline.vae.save_pretrained(Path(folder, "vae"))
+        pipeline.scheduler.save_pretrained(Path(folder, "scheduler"))
     else:
         parts = pipeline.components | {"unet": unet, "text_encoder": text_encoder}
         type(pipeline)(**parts, requires_safety_checker=False).save_pretrained(folder)

@@ -52,7 +52,7 @@ def load_pipeline(source: str) -> tuple[StableDiffusionPQPipeline | None, str]:
     """The pipeline, or `None` and why it is missing."""
     try:
         return StableDiffusionPQPipeline.from_pretrained(source, use_safetensors=True), ""
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         advice = "Set `PQSD_MODEL` to the folder or Hub repository of a `StableDiffusionPQPipeline`."
         return None, f"**Nothing can be generated: there is no pipeline at `{source}`.** {advice}\n\n{error}"
 

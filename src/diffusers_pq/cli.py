@@ -31,6 +31,7 @@ def _build_parser() -> argparse.ArgumentParser:
     widen.add_argument("--subfolder", help='"unet" or "transformer" of a pipeline')
     widen.add_argument("--latent-channels", type=int, required=True, help="d of the PQModel")
     widen.add_argument("--init", choices=("copy", "copy_scaled", "zero"), default="copy")
+    widen.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     widen.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     widen.set_defaults(run=_widen_unet)
 
@@ -104,13 +105,22 @@ def _prepare_data(args):
 
 
 def _widen_unet(args):
+    import torch
     from diffusers import AutoModel
 
     from .models.widening import widen_denoiser
 
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists already: choose another folder or remove it.")
-    denoiser = AutoModel.from_pretrained(args.denoiser, subfolder=args.subfolder, use_safetensors=True)
+    options = {"subfolder": args.subfolder, "torch_dtype": getattr(torch, args.dtype), "use_safetensors": True}
+    try:
+        denoiser = AutoModel.from_pretrained(args.denoiser, **options)
+    except OSError as error:
+        if args.subfolder is not None:
+            raise
+        raise OSError(
+            f"{error} Of a pipeline, name the denoiser: `--subfolder unet` or `--subfolder transformer`."
+        ) from error
     widened = widen_denoiser(denoiser, args.latent_channels, args.init)
     widened.save_pretrained(args.output)
     print(f"{args.output}: {denoiser.config.in_channels} -> {args.latent_channels} latent channels")

@@ -215,8 +215,9 @@ def run_generation_evaluation(
     settings |= {"metrics": sorted(metrics), "vae_sha256": weights_digest(pipeline.vae)}
     settings |= {"denoiser_sha256": weights_digest(pipeline.denoiser), "scheduler": type(pipeline.scheduler).__name__}
     settings["configs_sha256"] = _digest([dict(pipeline.scheduler.config), dict(pipeline.vae.config)])
-    # Which samples these are; how many, and what is measured on them, may change.
-    drawn = {key: value for key, value in settings.items() if key not in ("num_samples", "metrics")}
+    # Which samples these are; how many, and what they are compared with and by, may change.
+    may_change = {"num_samples", "metrics"} | ({"reference"} if label_column is None else set())
+    drawn = {key: value for key, value in settings.items() if key not in may_change}
     _check_record(accelerator, folder / "sampling.json", drawn)
     if (folder / RESULTS_FILE).is_file():
         result = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))

@@ -21,6 +21,9 @@ from .training.autoencoders import load_whole_model
 
 logger = logging.getLogger(__name__)
 
+# Of a training run's output folder: checkpoints, logs, and what a killed run has left behind.
+NOT_UPLOADED = ("checkpoint-*", "unfinished-*", "old-*", "upload-*", "logs")
+
 
 def push_folder(
     folder: str | os.PathLike,
@@ -30,7 +33,8 @@ def push_folder(
     token: str | None = None,
 ) -> str:
     """
-    Upload a folder with a model or a pipeline to the Hub as it is, after [`check_folder`].
+    Upload a folder with a model or a pipeline to the Hub as it is, after [`check_folder`]. Of the output folder of a
+    training run, checkpoints and logs stay behind.
 
     Repeating a push that broke off sends only what has not arrived; a folder that is there already makes no commit.
 
@@ -60,7 +64,11 @@ def push_folder(
             _ensure_revision(api, repo_id, revision)
         message = f"Upload {Path(folder).resolve().name}"
         return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            ignore_patterns=[f"{name}{suffix}" for name in NOT_UPLOADED for suffix in ("", "/**")],
         ).commit_url
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):

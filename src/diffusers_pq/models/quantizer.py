@@ -161,7 +161,7 @@ class ProductQuantizer(nn.Module):
             bad = int((~latents.isfinite()).sum())
             raise ValueError(
                 f"`latents` hold {bad} non-finite values (NaN or infinity) of {latents.numel()}. Look for a damaged "
-                f"input or for an overflow in {latents.dtype}; `force_upcast` or a float32 model avoids the latter."
+                f"input or for an overflow in {latents.dtype}; bfloat16 or float32 avoids the latter."
             )
 
     def _check_codes(self, codes: torch.LongTensor):

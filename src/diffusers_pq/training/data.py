@@ -195,11 +195,14 @@ def class_names(
             the column's strings in alphabetical order; or the numbers up to its largest.
 
     Raises:
-        ValueError: if the file names a class twice, or a stream's column does not say what classes there are.
+        ValueError: if the file names a class twice and the column may hold names, or a stream's column does not say
+            what classes there are.
     """
     if names_file is not None:
         names = Path(names_file).read_text(encoding="utf-8").splitlines()
-        if len(set(names)) < len(names):
+        # ImageNet's usual names have two of "crane" and "maillot": no harm where the rows hold numbers.
+        feature = (dataset.features or {}).get(label_column)
+        if len(set(names)) < len(names) and getattr(feature, "dtype", "string") == "string":
             raise ValueError(f"`--class_names_file` {names_file} names a class twice.")
         return names
     feature = dataset.features[label_column]

@@ -96,8 +96,10 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, run: Trai
         return
     validation = _build_validation(args, accelerator, task)
     run.start()
-    if accelerator.is_main_process and run.checkpoint is None:
-        task.vae.save_pretrained(Path(args.output_dir, "vae"))
+    vae_folder = Path(args.output_dir, "vae")
+    # The checkpoint's own is there already, unless it is another run's.
+    if accelerator.is_main_process and (run.checkpoint is None or run.checkpoint.parent != vae_folder.parent):
+        task.vae.save_pretrained(vae_folder)
     if trainer.ema is not None:
         trainer.ema.to(accelerator.device)  # a resumed average comes on the CPU
 
@@ -146,7 +148,7 @@ def load_train_split(args: argparse.Namespace, column: str) -> datasets.Dataset 
 def load_training_data(args: argparse.Namespace, task: DenoiserTask, resolution: int) -> tuple:
     """The rows to train on at a resolution, and the transform that makes examples of them."""
     if args.latents_dir:
-        return load_cached_codes(args.latents_dir, resolution, task.vae, task.condition)
+        return load_cached_codes(args.latents_dir, resolution, task.vae, task.condition, args.cache_dir)
     images = load_train_split(args, task.condition_column)
     options = args.center_crop, args.random_flip, args.min_image_side
     return images, ConditionedCrops(args.image_column, resolution, task.condition, *options)

@@ -137,7 +137,11 @@ class CachedCodes:
 
 
 def load_cached_codes(
-    latents_dir: str | os.PathLike, resolution: int, vae: PQModel, condition: Prompts | ClassLabels
+    latents_dir: str | os.PathLike,
+    resolution: int,
+    vae: PQModel,
+    condition: Prompts | ClassLabels,
+    cache_dir: str | None = None,
 ) -> tuple[datasets.Dataset, CachedCodes]:
     """
     The rows that [`encode_dataset`] wrote for a resolution, and the transform that makes examples of them.
@@ -157,7 +161,7 @@ def load_cached_codes(
         raise FileNotFoundError(f"{folder} has {len(shards)} of {expected} shards: run the encoding to its end.")
     side = resolution // vae.downsampling_factor
     transform = CachedCodes((vae.config.num_subspaces, side, side), vae.config.codebook_size, condition)
-    return datasets.load_dataset("parquet", data_files=shards, split="train"), transform
+    return datasets.load_dataset("parquet", data_files=shards, split="train", cache_dir=cache_dir), transform
 
 
 def _index(vae: PQModel, resolution: int) -> dict:

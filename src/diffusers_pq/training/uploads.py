@@ -11,6 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from ..hub import NOT_UPLOADED
+
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +74,6 @@ class BestModel:
         return True
 
 
-# Checkpoints, logs, and what a killed run has left behind.
-_NOT_UPLOADED = ("checkpoint-*", "unfinished-*", "old-*", "upload-*", "logs")
-
-
 class HubUploads:
     """
     Uploads folders to one repository of the Hub while training goes on. A failed upload is a warning, never the end of
@@ -107,7 +105,7 @@ class HubUploads:
         # Links instead of copies: the folder may be replaced during the upload without harm to these files.
         self._snapshot = tempfile.TemporaryDirectory(dir=self.output_dir, prefix="upload-")
         copy = Path(self._snapshot.name) / folder.name
-        shutil.copytree(folder, copy, copy_function=_link, ignore=shutil.ignore_patterns(*_NOT_UPLOADED))
+        shutil.copytree(folder, copy, copy_function=_link, ignore=shutil.ignore_patterns(*NOT_UPLOADED))
         self._running = self.api.upload_folder(
             repo_id=self.repo_id, folder_path=copy, commit_message=message, run_as_future=True
         )
