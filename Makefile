@@ -86,8 +86,8 @@ TRAIN_PQSD = $(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/t
 	--config training_scripts/recipes/sd-mini.yaml
 ADAPT_PQSD = $(TRAIN_PQSD) --pretrained_model_name_or_path runs/sd-mini --latents_dir data/stamps-codes \
 	--vae_name_or_path model_cards/pqgan-mini-f8-pq --lr_scheduler constant_with_warmup --channel_weighting 1 \
-	--noise_shift auto --rescale_betas_zero_snr
-TWO_STAGES = --stages "64:200:5e-4:conv 64:7300:5e-4:all 64:5500:1e-4:all"
+	--noise_shift auto --rescale_betas_zero_snr --guidance_scale 2.5
+TWO_STAGES = --stages "64:200:5e-4:conv 64:7300:5e-4:all 64:10500:1e-4:all"
 
 runs/sd-mini-untrained: | install data/stamps
 	$(BIN)/python training_scripts/create_stable_diffusion.py --train_data_dir data/stamps --output_dir $@ \
@@ -97,7 +97,7 @@ train-pqsd-mini: install data/stamps data/stamps-codes runs/sd-mini-untrained
 	$(TRAIN_PQSD) --pretrained_model_name_or_path runs/sd-mini-untrained --train_text_encoder --output_dir runs/sd-mini
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini $(TWO_STAGES)
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-random --unet_init random \
-		--stages "64:7500:5e-4:all 64:5500:1e-4:all"
+		--stages "64:7500:5e-4:all 64:10500:1e-4:all"
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-copy_scaled --unet_init copy_scaled $(TWO_STAGES) --max_train_steps 800
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-zero --unet_init zero $(TWO_STAGES) --max_train_steps 800
 	$(BIN)/python benchmarks/adaptation.py --runs copy=runs/pqsd-mini copy_scaled=runs/pqsd-mini-copy_scaled \

@@ -20,7 +20,7 @@ def parse_args(argv=None):
     parser.add_argument("--prompts", nargs="+", required=True)
     parser.add_argument("--num_images_per_prompt", type=int, default=1)
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo/generated.png"))
@@ -34,7 +34,9 @@ def paint(source, args):
     count = args.num_images_per_prompt
     prompts = [prompt for prompt in args.prompts for _ in range(count)]
     seeds = [torch.Generator().manual_seed(args.seed + number) for number in range(len(prompts))]
-    sampling = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    sampling = {"num_inference_steps": args.num_inference_steps}
+    if args.guidance_scale is not None:
+        sampling["guidance_scale"] = args.guidance_scale
     images = pipeline(prompts, generator=seeds, **sampling).images
     return [images[start : start + count] for start in range(0, len(images), count)]
 

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from diffusers_pq.models.autoencoder_pq import PQModel
 
@@ -60,20 +63,50 @@ class PQLatentsMixin(ImportedByCodeMixin):
     """
     Put before a Stable Diffusion pipeline of diffusers, makes it work on the normalised latents of a [`PQModel`].
 
+    Args:
+        vae ([`PQModel`]): And the other components, see [`StableDiffusionPipeline`].
+        guidance_scale (`float`, *optional*, defaults to 7.5):
+            Default of `__call__`, saved with the pipeline: a model that was adapted to few pictures wants less than
+            Stable Diffusion.
+
     Raises:
         TypeError: if the `vae` is no `PQModel`.
         ValueError: if the UNet's channels are not the autoencoder's latent channels; the message names both.
     """
 
+    def __init__(
+        self,
+        vae: PQModel,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker,
+        feature_extractor: CLIPImageProcessor,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        requires_safety_checker: bool = True,
+        guidance_scale: float = 7.5,
+    ):
+        super().__init__(
+            vae,
+            text_encoder,
+            tokenizer,
+            unet,
+            scheduler,
+            safety_checker,
+            feature_extractor,
+            image_encoder,
+            requires_safety_checker,
+        )
+        self.register_to_config(guidance_scale=guidance_scale)
+        if vae is not None:
+            # By this number the processor tells latents, which pass through, from pictures.
+            self.image_processor.register_to_config(vae_latent_channels=vae.config.latent_channels)
+
     def register_modules(self, **modules):
         # Every pipeline hands its components to this method when it is built.
         _check_components(modules.get("vae"), modules.get("unet"))
         super().register_modules(**modules)
-
-    @classmethod
-    def _get_signature_types(cls) -> dict[str, tuple]:
-        # What `from_pipe` accepts: the parent's signature names `AutoencoderKL`.
-        return super()._get_signature_types() | {"vae": (PQModel,)}
 
     def _check_size(self, height: int, width: int):
         factor = self.vae_scale_factor
@@ -148,10 +181,17 @@ class PQLatentsMixin(ImportedByCodeMixin):
         return self.image_processor.postprocess(images, output_type, do_denormalize=denormalize), nsfw
 
     def _generate(
-        self, parent_call: Callable, quantize_latents: bool, output_type: str, return_dict: bool
+        self,
+        parent_call: Callable,
+        guidance_scale: float | None,
+        quantize_latents: bool,
+        output_type: str,
+        return_dict: bool,
     ) -> StableDiffusionPipelineOutput | tuple:
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale
         # The parent would divide by `scaling_factor` only and could not switch the snapping off: it makes latents.
-        images, nsfw = parent_call(output_type="latent", return_dict=False)
+        images, nsfw = parent_call(guidance_scale=guidance_scale, output_type="latent", return_dict=False)
         if output_type != "latent":
             images, nsfw = self._decode_latents(images, quantize_latents, output_type)
             self.maybe_free_model_hooks()

@@ -59,6 +59,7 @@ class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         *,
+        guidance_scale: float | None = None,
         quantize_latents: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -70,6 +71,7 @@ class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
         Args:
             prompt (`str` or `list[str]`, *optional*): The prompt or prompts.
             height, width (`int`, *optional*): Pixels, multiples of F; default: the UNet's sample size times F.
+            guidance_scale (`float`, *optional*): Default: that of the pipeline's configuration.
             quantize_latents (`bool`, *optional*, defaults to `True`):
                 Whether to snap the denoised latents to the codebooks before decoding.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -81,4 +83,4 @@ class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
             [`~pipelines.stable_diffusion.StableDiffusionPipelineOutput`] or a tuple of its two fields.
         """
         parent_call = partial(super().__call__, prompt, height, width, **kwargs)
-        return self._generate(parent_call, quantize_latents, output_type, return_dict)
+        return self._generate(parent_call, guidance_scale, quantize_latents, output_type, return_dict)

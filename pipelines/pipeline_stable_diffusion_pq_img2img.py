@@ -1,6 +1,6 @@
 """Image-to-image generation with Stable Diffusion on product-quantised latents."""
 
-from functools import partial, wraps
+from functools import partial
 
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
@@ -19,14 +19,6 @@ class StableDiffusionPQImg2ImgPipeline(PQLatentsMixin, StableDiffusionImg2ImgPip
         TypeError: if the `vae` is no `PQModel`.
         ValueError: if the UNet's channels are not the autoencoder's latent channels; the message names both.
     """
-
-    # diffusers reads the components' names off the signature.
-    @wraps(StableDiffusionImg2ImgPipeline.__init__)
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # By this number the processor tells latents, which pass through, from pictures.
-        if self.vae is not None:
-            self.image_processor.register_to_config(vae_latent_channels=self.vae.config.latent_channels)
 
     def prepare_latents(
         self, image, timestep, batch_size, num_images_per_prompt, dtype, device, generator=None
@@ -48,6 +40,7 @@ class StableDiffusionPQImg2ImgPipeline(PQLatentsMixin, StableDiffusionImg2ImgPip
         image: PipelineImageInput | None = None,
         strength: float = 0.8,
         *,
+        guidance_scale: float | None = None,
         quantize_latents: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -60,6 +53,7 @@ class StableDiffusionPQImg2ImgPipeline(PQLatentsMixin, StableDiffusionImg2ImgPip
             prompt (`str` or `list[str]`, *optional*): The prompt or prompts.
             image: Pictures as the parent takes them, or normalised latents `(B, d, h, w)`.
             strength (`float`, *optional*, defaults to 0.8): How much to change, in [0, 1].
+            guidance_scale (`float`, *optional*): Default: that of the pipeline's configuration.
             quantize_latents (`bool`, *optional*, defaults to `True`):
                 Whether to snap the denoised latents to the codebooks before decoding.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -71,4 +65,4 @@ class StableDiffusionPQImg2ImgPipeline(PQLatentsMixin, StableDiffusionImg2ImgPip
             [`~pipelines.stable_diffusion.StableDiffusionPipelineOutput`] or a tuple of its two fields.
         """
         parent_call = partial(super().__call__, prompt, image, strength, **kwargs)
-        return self._generate(parent_call, quantize_latents, output_type, return_dict)
+        return self._generate(parent_call, guidance_scale, quantize_latents, output_type, return_dict)

@@ -40,6 +40,7 @@ class StableDiffusionPQInpaintPipeline(PQLatentsMixin, StableDiffusionInpaintPip
         height: int | None = None,
         width: int | None = None,
         padding_mask_crop: int | None = None,
+        guidance_scale: float | None = None,
         quantize_latents: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -55,6 +56,7 @@ class StableDiffusionPQInpaintPipeline(PQLatentsMixin, StableDiffusionInpaintPip
             height, width (`int`, *optional*): Pixels, multiples of F; default: the UNet's sample size times F.
             padding_mask_crop (`int`, *optional*):
                 Repaint only a crop around the mask with this margin, and paste it into `image`. Needs PIL pictures.
+            guidance_scale (`float`, *optional*): Default: that of the pipeline's configuration.
             quantize_latents (`bool`, *optional*, defaults to `True`):
                 Whether to snap the denoised latents to the codebooks before decoding.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -75,7 +77,7 @@ class StableDiffusionPQInpaintPipeline(PQLatentsMixin, StableDiffusionInpaintPip
             picture, mask = image.crop(crop), mask_image.crop(crop)
         parent_call = partial(super().__call__, prompt, picture, mask, height=height, width=width, **kwargs)
         with _as_text_to_image_unet(self.unet):
-            images, nsfw = self._generate(parent_call, quantize_latents, output_type, return_dict=False)
+            images, nsfw = self._generate(parent_call, guidance_scale, quantize_latents, output_type, False)
         if crop is not None:
             images = [self.image_processor.apply_overlay(mask_image, image, painted, crop) for painted in images]
         if not return_dict:

@@ -188,7 +188,6 @@ def test_the_card_of_a_pipeline_shows_its_validation_loss_beside_that_of_other_r
     models = CardRepository(repository / "models")
     models.facts["later"] |= {
         "prompt": "A frog.",
-        "options": "guidance_scale=2.0",
         "validation": {
             "dataset": {"dataset_type": "imagefolder", "dataset_name": "stamps"},
             "note": "Measured.",
@@ -200,7 +199,7 @@ def test_the_card_of_a_pipeline_shows_its_validation_loss_beside_that_of_other_r
     assert (entry.metric_type, entry.metric_value, entry.dataset_args) == ("loss", 0.25, {"step": 300})
     assert (entry.task_type, entry.dataset_type, entry.dataset_name) == ("text-to-image", "imagefolder", "stamps")
     assert "| this model | 300 | 0.25 |\n| from scratch | 200 | 0.5 |" in card.text
-    assert 'pipeline("A frog.", guidance_scale=2.0, generator=generator)' in card.text
+    assert 'pipeline("A frog.", generator=generator)' in card.text
     assert "| pictures | 32 x 32 pixels |" in card.text
 
 

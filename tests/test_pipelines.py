@@ -100,6 +100,18 @@ def test_the_prompt_and_the_guidance_matter_and_a_seed_repeats(pipeline):
     assert np.abs(ladybug - paint(pipeline, negative_prompt="blue", **quantised)).max() > 1e-4
 
 
+def test_the_default_guidance_is_saved_with_the_pipeline(pipeline, tmp_path):
+    pipeline.register_to_config(guidance_scale=2.5)
+    pipeline.save_pretrained(tmp_path)
+    loaded = quiet(type(pipeline).from_pretrained(tmp_path))
+    other = quiet(PIPELINES[0].from_pipe(loaded))
+    pipeline.register_to_config(guidance_scale=7.5)
+    assert loaded.config.guidance_scale == other.config.guidance_scale == 2.5
+    options = {"quantize_latents": False}
+    assert np.array_equal(paint(loaded, **options), paint(pipeline, guidance_scale=2.5, **options))
+    assert np.abs(paint(loaded, **options) - paint(pipeline, **options)).max() > 1e-4
+
+
 def test_a_picture_of_a_batch_is_the_picture_alone(pipeline):
     def generators(*seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]

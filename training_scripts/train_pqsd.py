@@ -38,6 +38,9 @@ from diffusers_pq.training.schedules import adapt_schedule, latent_shift
 from diffusers_pq.training.uploads import BestModel
 
 
+OPTIONS = ("requires_safety_checker", "guidance_scale")  # of a pipeline, beside its components
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -76,6 +79,7 @@ def parse_args(argv=None):
     optim.add_argument("--max_train_steps", type=int, help="default: all steps of the stages")
     run = add_run_arguments(parser, output_dir="pqsd", steps=5000)
     run.add_argument("--validation_prompts", nargs="*", default=[], help="pictures of them go to the log")
+    run.add_argument("--guidance_scale", type=float, default=7.5, help="default of the PQ pipeline that is trained")
     add_denoising_arguments(data, optim, run)
     args = parse_args_with_recipe(parser, argv)
     try:
@@ -108,7 +112,8 @@ def build_pipeline(args, run):
     side = args.stages[-1].resolution // factor
     components["scheduler"] = build_scheduler(args, pipeline, vae.config.latent_channels, side)
     components["unet"].register_to_config(sample_size=side)
-    return pipeline_class(**components, requires_safety_checker=False)
+    options = {"guidance_scale": args.guidance_scale} if pipeline_class is StableDiffusionPQPipeline else {}
+    return pipeline_class(**components, requires_safety_checker=False, **options)
 
 
 def build_scheduler(args, pipeline, latent_channels, side):
@@ -161,7 +166,8 @@ def save_pipeline(args, pipeline, trainer, folder):
         pipeline.scheduler.save_pretrained(Path(folder, "scheduler"))
     else:
         parts = pipeline.components | {"unet": unet, "text_encoder": text_encoder}
-        type(pipeline)(**parts, requires_safety_checker=False).save_pretrained(folder)
+        options = {name: value for name, value in pipeline.config.items() if name in OPTIONS}
+        type(pipeline)(**parts, **options).save_pretrained(folder)
 
 
 def main(args):

@@ -224,7 +224,7 @@ def generation_tab():
             prompt = gr.Textbox(label="Prompt", placeholder="A red apple.")
             gr.Examples(PROMPTS, prompt, label="Some of its captions")
             steps = gr.Slider(1, 100, value=25, step=1, label="Steps")
-            guidance = gr.Slider(1, 15, value=4, step=0.5, label="Guidance scale")
+            guidance = gr.Slider(1, 15, value=PIPELINE.config.guidance_scale, step=0.5, label="Guidance scale")
             seed = gr.Slider(0, 2**31 - 1, value=0, step=1, label="Seed")
             button = gr.Button("Generate", variant="primary")
         image = shown_picture("Generated", elem_id="generated")
