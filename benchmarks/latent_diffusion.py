@@ -71,7 +71,7 @@ class EncoderFeatures(nn.Module):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, type=named, metavar="NAME=FOLDER")
-    parser.add_argument("--timesteps", nargs="+", type=int, default=[50, 200, 400, 600, 800], help="levels of noise")
+    parser.add_argument("--snr", nargs="+", type=float, default=[30, 3, 1, 0.3, 0.1, 0.03], help="levels of noise")
     parser.add_argument("--num_samples", type=int, help="default: as many as there are training pictures")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="of the samples that are measured")
@@ -103,20 +103,22 @@ def held_out_pictures(config, names):
 
 
 @torch.no_grad()
-def denoise_held_out(pipeline, pictures, labels, timesteps, batch_size):
-    """PSNR and SSIM of held-out pictures after one denoising step from each timestep, and without noise."""
+def denoise_held_out(pipeline, pictures, labels, snr, batch_size):
+    """PSNR and SSIM of held-out pictures after one denoising step from each noise level, and without noise."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)  # of the posterior of a KL autoencoder
     latents = torch.cat([scale_latents(pipeline.vae, encode_latents(pipeline.vae, p)) for p in pictures.split(32)])
     noise = torch.randn(NOISE_DRAWS, *latents.shape, generator=generator)
     levels = [{"timestep": None, "snr": None} | compare(pipeline, latents, pictures, batch_size)]
-    for timestep in timesteps:
+    alphas = pipeline.scheduler.alphas_cumprod
+    schedule = alphas / (1 - alphas)
+    for level in snr:
+        timestep = int((schedule / level).log().abs().argmin())
         predicted = [
             denoise(pipeline, latents, draw, labels, torch.full_like(labels, timestep), batch_size) for draw in noise
         ]
         scores = compare(pipeline, torch.cat(predicted), pictures.repeat(NOISE_DRAWS, 1, 1, 1), batch_size)
-        alpha = float(pipeline.scheduler.alphas_cumprod[timestep])
-        levels.append({"timestep": timestep, "snr": alpha / (1 - alpha)} | scores)
+        levels.append({"timestep": timestep, "snr": float(schedule[timestep])} | scores)
     return levels
 
 
@@ -196,8 +198,7 @@ def plot(runs, path):
 
 def markdown_tables(record):
     spaces = list(next(iter(record["runs"].values()))["frechet_distances"]["samples"])
-    levels = next(iter(record["runs"].values()))["held_out"]
-    titles = ["no noise" if level["snr"] is None else f"SNR {level['snr']:.3g}" for level in levels]
+    titles = ["no noise", *(f"SNR {level:g}" for level in record["settings"]["snr"])]
     tables = [f"| PSNR (dB) / SSIM | {' | '.join(titles)} |", f"|---{'|---' * len(titles)}|"]
     for label, run in record["runs"].items():
         cells = (f"{level['psnr']:.2f} / {level['ssim']:.3f}" for level in run["held_out"])
@@ -234,7 +235,7 @@ def main(args):
             runs[label] = {
                 "config": configs[label],
                 "denoiser_parameters": pipeline.denoiser.num_parameters(),
-                "held_out": denoise_held_out(pipeline, pictures, labels, args.timesteps, args.batch_size),
+                "held_out": denoise_held_out(pipeline, pictures, labels, args.snr, args.batch_size),
                 "frechet_distances": measure_distances(*measured),
             }
     settings = {key: value for key, value in vars(args).items() if key not in ("runs", "output_dir")}

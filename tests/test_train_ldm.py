@@ -156,6 +156,26 @@ def test_two_processes_train_on_latents_of_other_autoencoders(workspace):
     assert pipeline(1, num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
 
 
+def test_the_benchmark_compares_runs_that_were_trained_alike(workspace):
+    results = workspace / "results"
+    for vae in ("pq", "kl"):
+        train(workspace, f"compared-{vae}", vae=vae)
+    command = [SCRIPTS.parent / "benchmarks" / "latent_diffusion.py", "--output_dir", results, "--num_samples", 3]
+    command += ["--num_inference_steps", 2, "--snr", 10, 0.1, "--grid_classes", "red", "blue"]
+    command += ["--runs", *(f"{vae.upper()}={workspace}/compared-{vae}" for vae in ("pq", "kl"))]
+    tables = run_script(*command).stdout
+    runs = json.loads((results / "latent_diffusion.json").read_text())["runs"]
+    spaces = ["8 x 8 pixels", "features of the KL encoder", "features of the PQ encoder"]
+    assert f"| Fréchet distance | {' | '.join(spaces)} |" in tables and list(runs) == ["PQ", "KL"]
+    for run in runs.values():
+        assert [round(level["snr"] or 0, 1) for level in run["held_out"]] == [0, pytest.approx(10, 0.1), 0.1]
+        assert min(run["frechet_distances"]["samples"].values()) > 0
+    assert all((results / f"latent_diffusion{end}.png").is_file() for end in ("", "_samples"))
+    train(workspace, "longer", "--max_train_steps", 4, vae="kl")
+    with pytest.raises(subprocess.CalledProcessError):
+        run_script(*command, f"longer={workspace}/longer")
+
+
 @pytest.mark.parametrize(
     "extra, message",
     [
