@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torchmetrics import MetricCollection
 
 from diffusers_pq import LatentDiffusionPQPipeline
-from diffusers_pq.evaluation import EvaluationData, check_settings
+from diffusers_pq.evaluation import EvaluationData
 from diffusers_pq.files import replacing, write_json
 from diffusers_pq.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.images import to_uint8
@@ -40,7 +40,8 @@ from diffusers_pq.training.latents import decode_latents, encode_latents, scale_
 
 
 # In what the runs may differ.
-OWN_SETTINGS = ("vae_name_or_path", "vae_subfolder", "output_dir", "noise_shift")
+OWN_SETTINGS = ("vae_name_or_path", "vae_subfolder", "latents_dir", "output_dir", "noise_shift")
+OWN_SETTINGS += ("resume_from_checkpoint",)
 NOISE_DRAWS = 4  # for each held-out picture
 THUMBNAIL_SIDE = 8
 
@@ -87,9 +88,12 @@ def parse_args(argv=None):
 def read_configs(runs):
     """How each run was trained; a `ValueError` if not as the others."""
     configs = {label: json.loads((folder / "training_config.json").read_text()) for label, folder in runs.items()}
-    first, *others = ({k: v for k, v in config.items() if k not in OWN_SETTINGS} for config in configs.values())
-    for label, other in zip(list(configs)[1:], others):
-        check_settings(other, first, runs[label])
+    shared = {label: {k: v for k, v in config.items() if k not in OWN_SETTINGS} for label, config in configs.items()}
+    first = next(iter(shared.values()))
+    for label, settings in shared.items():
+        unlike = sorted(key for key in first.keys() | settings.keys() if first.get(key) != settings.get(key))
+        if unlike:
+            raise ValueError(f"{label} was not trained like {next(iter(shared))}: {', '.join(unlike)} differ.")
     return configs
 
 
@@ -226,7 +230,9 @@ def main(args):
         pipeline.set_progress_bar_config(disable=True)
         pipeline.get_label_ids(args.grid_classes)  # a wrong one shows before the measurements
     spaces = {f"{THUMBNAIL_SIDE} x {THUMBNAIL_SIDE} pixels": Thumbnails()}
-    spaces |= {f"features of the {label} encoder": EncoderFeatures(p.vae) for label, p in pipelines.items()}
+    # Runs may share an autoencoder.
+    encoders = {weights_digest(p.vae): (label, p.vae) for label, p in reversed(pipelines.items())}
+    spaces |= {f"features of the {label} encoder": EncoderFeatures(vae) for label, vae in encoders.values()}
     pictures, labels = held_out_pictures(config, names)
     runs = {}
     with tempfile.TemporaryDirectory() as references:

@@ -152,6 +152,17 @@ def test_inpainting_checks_sizes_by_the_downsampling_factor(inpaint):
         generate(inpaint, **pictures, height=32, width=30)
 
 
+def test_inpaints_at_a_large_downsampling_factor():
+    torch.manual_seed(0)
+    blocks = {name: (tiny_config()[name][-1],) * 5 for name in ("down_block_types", "up_block_types")}
+    vae = PQModel(**tiny_config(**blocks, block_out_channels=(8,) * 5))
+    components = vae, None, None, tiny_unet(8), DDIMScheduler(), None, None
+    pipeline = StableDiffusionPQInpaintPipeline(*components, requires_safety_checker=False)
+    pictures = {"image": PIL.Image.new("RGB", (64, 48)), "mask_image": PIL.Image.new("L", (64, 48), 255)}
+    assert pipeline.vae_scale_factor == 16
+    assert generate(pipeline, **pictures, height=48, width=64).images[0].size == (64, 48)
+
+
 def test_inpainting_a_crop_pastes_it_into_the_picture(inpaint):
     picture, mask = noise_picture(96, 64), PIL.Image.new("L", (96, 64))
     mask.paste(255, (40, 20, 60, 40))

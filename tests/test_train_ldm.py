@@ -172,8 +172,9 @@ def test_the_benchmark_compares_runs_that_were_trained_alike(workspace):
         assert min(run["frechet_distances"]["samples"].values()) > 0
     assert all((results / f"latent_diffusion{end}.png").is_file() for end in ("", "_samples"))
     train(workspace, "longer", "--max_train_steps", 4, vae="kl")
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(subprocess.CalledProcessError) as error:
         run_script(*command, f"longer={workspace}/longer")
+    assert "longer was not trained like PQ: max_train_steps differ" in error.value.stdout
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_config
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from scripts import run_script
 
@@ -96,10 +96,12 @@ def test_adapts_a_pipeline_in_two_stages_and_resumes_exactly(workspace):
     extra = ("--vae_name_or_path", workspace / "pq", "--checkpointing_steps", 1, "--use_ema", "--random_flip")
     extra += ("--validation_steps", 2, "--validation_prompts", "a red wall", "--dataloader_num_workers", 1)
     extra += ("--lr_scheduler", "cosine", "--streaming", "--shuffle_buffer", 4, "--noise_shift", "auto")
+    extra += ("--guidance_scale", 3)
     adapt(workspace, "whole", *extra)
     pipeline = StableDiffusionPQPipeline.from_pretrained(workspace / "whole", safety_checker=None)
     assert_noise_is_shifted(StableDiffusionPipeline.from_pretrained(workspace / "sd"), pipeline)
     assert len(pipeline.vae.config.latents_std) == 8 and pipeline.unet.config.in_channels == 8
+    assert pipeline.config.guidance_scale == 3
     assert pipeline("a red wall", num_inference_steps=2, output_type="np").images.shape == (1, 40, 40, 3)
     assert json.loads((workspace / "whole" / "best" / "validation.json").read_text())["loss"] > 0
     assert StableDiffusionPQPipeline.from_pretrained(workspace / "whole" / "best", safety_checker=None)
@@ -144,8 +146,10 @@ def test_trains_the_text_encoder_of_a_pipeline_on_kl_latents(workspace):
 
 
 def test_trains_lora_layers_that_our_pipelines_load(workspace):
-    adapt(workspace, "lora", "--vae_name_or_path", workspace / "pq", "--lora_rank", 2, "--unet_init", "zero")
-    assert (workspace / "lora" / "scheduler" / "scheduler_config.json").is_file()
+    extra = ("--lora_rank", 2, "--unet_init", "zero", "--noise_shift", 2)
+    adapt(workspace, "lora", "--vae_name_or_path", workspace / "pq", *extra)
+    saved = DDIMScheduler.from_pretrained(workspace / "lora", subfolder="scheduler")
+    assert saved.config.trained_betas is not None, "the shifted schedule"
     vae = PQModel.from_pretrained(workspace / "lora" / "vae")
     assert vae.config.latents_std is not None
     pipeline = StableDiffusionPQPipeline.from_stable_diffusion(workspace / "sd", vae=vae, init="zero")
@@ -217,6 +221,8 @@ def test_a_dry_run_counts_the_parts(workspace):
     [
         (("--stages", "32:2:1e-2"), "a stage is RESOLUTION:STEPS:LEARNING_RATE:conv or ...:all"),
         (("--stages", "30:2:1e-2:all"), "30 must be a multiple of the downsampling factor F = 4"),
+        (("--lora_rank", "2", "--unet_init", "random"), "keeps neither a --train_text_encoder nor a UNet of"),
+        (("--lora_rank", "2", "--guidance_scale", "2"), "--guidance_scale cannot be saved with the adapter"),
         (("--caption_column", "caption"), "no column 'caption'; the dataset has image, text"),
     ],
 )

@@ -150,5 +150,6 @@ def test_console_command(unet, tmp_path, capsys):
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert main(command) == 1
     assert "exists already" in capsys.readouterr().err
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     assert main([*command[:2], *command[4:-1], str(tmp_path / "other")]) == 1
     assert "name the denoiser: `--subfolder unet`" in capsys.readouterr().err

@@ -38,6 +38,7 @@ from diffusers_pq.training.denoiser_run import (
     load_train_split,
     paint_each,
     prepare_model,
+    saved_autoencoder,
     train_denoiser,
 )
 from diffusers_pq.training.denoising import ClassConditionalDenoiser, Stage
@@ -102,7 +103,7 @@ def parse_args(argv=None):
 def build_pipeline(args, run, names):
     """The pipeline that is trained; a resumed run takes the autoencoder that holds the latents' statistics."""
     if run.checkpoint is not None:
-        vae = load_pretrained(str(run.checkpoint.parent / "vae"))
+        vae = load_pretrained(str(saved_autoencoder(args, run)))
     else:
         vae = load_pretrained(args.vae_name_or_path, subfolder=args.vae_subfolder)
     factor = downsampling_factor(vae)

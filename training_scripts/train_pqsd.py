@@ -30,15 +30,13 @@ from diffusers_pq.training.denoiser_run import (
     check_resolution,
     paint_each,
     prepare_model,
+    saved_autoencoder,
     train_denoiser,
 )
 from diffusers_pq.training.denoising import ConditionalDenoiser, Stage, save_lora
 from diffusers_pq.training.run import TrainingRun, create_accelerator, whole_module
 from diffusers_pq.training.schedules import adapt_schedule, latent_shift
 from diffusers_pq.training.uploads import BestModel
-
-
-OPTIONS = ("requires_safety_checker", "guidance_scale")  # of a pipeline, beside its components
 
 
 def parse_args(argv=None):
@@ -79,7 +77,11 @@ def parse_args(argv=None):
     optim.add_argument("--max_train_steps", type=int, help="default: all steps of the stages")
     run = add_run_arguments(parser, output_dir="pqsd", steps=5000)
     run.add_argument("--validation_prompts", nargs="*", default=[], help="pictures of them go to the log")
-    run.add_argument("--guidance_scale", type=float, default=7.5, help="default of the PQ pipeline that is trained")
+    run.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="default of the PQ pipeline that is trained; default: the source's, or 7.5",
+    )
     add_denoising_arguments(data, optim, run)
     args = parse_args_with_recipe(parser, argv)
     try:
@@ -88,6 +90,8 @@ def parse_args(argv=None):
         parser.error(f"--stages: {error}")
     if args.lora_rank and (args.train_text_encoder or args.unet_init == "random"):
         parser.error("--lora_rank keeps neither a --train_text_encoder nor a UNet of --unet_init random: leave it out")
+    if args.lora_rank and args.guidance_scale is not None:
+        parser.error("--guidance_scale cannot be saved with the adapter of --lora_rank: leave it out")
     if args.max_train_steps is None:
         args.max_train_steps = sum(stage.steps for stage in args.stages)
     return args
@@ -100,7 +104,7 @@ def build_pipeline(args, run):
     source_class = StableDiffusionPQPipeline if is_pq else StableDiffusionPipeline
     pipeline = source_class.from_pretrained(source, safety_checker=None)
     if run.checkpoint is not None:
-        vae = load_autoencoder(str(run.checkpoint.parent / "vae"))
+        vae = load_autoencoder(str(saved_autoencoder(args, run)))
     else:
         vae = load_autoencoder(args.vae_name_or_path) if args.vae_name_or_path else pipeline.vae
     components = {name: getattr(pipeline, name) for name in pipeline.components} | {"vae": vae.requires_grad_(False)}
@@ -112,8 +116,11 @@ def build_pipeline(args, run):
     side = args.stages[-1].resolution // factor
     components["scheduler"] = build_scheduler(args, pipeline, vae.config.latent_channels, side)
     components["unet"].register_to_config(sample_size=side)
-    options = {"guidance_scale": args.guidance_scale} if pipeline_class is StableDiffusionPQPipeline else {}
-    return pipeline_class(**components, requires_safety_checker=False, **options)
+    built = pipeline_class(**components, requires_safety_checker=False)
+    for guidance_scale in (pipeline.config.get("guidance_scale"), args.guidance_scale):
+        if isinstance(built, StableDiffusionPQPipeline) and guidance_scale is not None:
+            built.register_to_config(guidance_scale=guidance_scale)
+    return built
 
 
 def build_scheduler(args, pipeline, latent_channels, side):
@@ -166,8 +173,7 @@ def save_pipeline(args, pipeline, trainer, folder):
         pipeline.scheduler.save_pretrained(Path(folder, "scheduler"))
     else:
         parts = pipeline.components | {"unet": unet, "text_encoder": text_encoder}
-        options = {name: value for name, value in pipeline.config.items() if name in OPTIONS}
-        type(pipeline)(**parts, **options).save_pretrained(folder)
+        type(pipeline)(**parts, **pipeline.parameters).save_pretrained(folder)
 
 
 def main(args):

@@ -116,7 +116,7 @@ def _widen_unet(args):
     try:
         denoiser = AutoModel.from_pretrained(args.denoiser, **options)
     except OSError as error:
-        if args.subfolder is not None:
+        if args.subfolder is not None or not Path(args.denoiser, "model_index.json").is_file():
             raise
         raise OSError(
             f"{error} Of a pipeline, name the denoiser: `--subfolder unet` or `--subfolder transformer`."

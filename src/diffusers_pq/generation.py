@@ -226,7 +226,7 @@ def run_generation_evaluation(
     paths = draw_samples(accelerator, pipeline, labels, folder / "samples", sampling)
     scores = {}
     if metrics:
-        place = f"{data.name}-{data.split}-{data.resolution}"
+        place = f"{data.name}-{data.split}-{data.resolution}-{_digest([asdict(data)])[:8]}"
         source = Path(reference_dir or Path(output_dir, "references", place), "-".join(sorted(metrics)))
         options = {"num_workers": num_workers, "streaming": streaming, "cache_dir": cache_dir}
         add_references(accelerator, metrics, data, source, sampling.batch_size, **options)

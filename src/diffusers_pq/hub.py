@@ -68,7 +68,7 @@ def push_folder(
             folder_path=folder,
             revision=revision,
             commit_message=message,
-            ignore_patterns=[f"{name}{suffix}" for name in NOT_UPLOADED for suffix in ("", "/**")],
+            ignore_patterns=[f"{name}/*" for name in NOT_UPLOADED],
         ).commit_url
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):

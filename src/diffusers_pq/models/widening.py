@@ -99,7 +99,7 @@ def widen_denoiser(denoiser: ModelMixin, latent_channels: int, init: WideningIni
     widened.set_submodule(ends.first, first)
     widened.set_submodule(ends.last, last)
     widened.register_to_config(in_channels=latent_channels, out_channels=parts * latent_channels)
-    if hasattr(widened, "out_channels"):  # transformers use the attribute in their forward
+    if "out_channels" in vars(widened):  # transformers use the attribute in their forward
         widened.out_channels = parts * latent_channels
     return widened
 

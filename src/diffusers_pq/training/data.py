@@ -201,8 +201,8 @@ def class_names(
     if names_file is not None:
         names = Path(names_file).read_text(encoding="utf-8").splitlines()
         # ImageNet's usual names have two of "crane" and "maillot": no harm where the rows hold numbers.
-        feature = (dataset.features or {}).get(label_column)
-        if len(set(names)) < len(names) and getattr(feature, "dtype", "string") == "string":
+        is_number = "int" in dataset.features[label_column].dtype
+        if len(set(names)) < len(names) and not is_number:
             raise ValueError(f"`--class_names_file` {names_file} names a class twice.")
         return names
     feature = dataset.features[label_column]

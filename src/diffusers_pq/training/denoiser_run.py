@@ -97,8 +97,8 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, run: Trai
     validation = _build_validation(args, accelerator, task)
     run.start()
     vae_folder = Path(args.output_dir, "vae")
-    # The checkpoint's own is there already, unless it is another run's.
-    if accelerator.is_main_process and (run.checkpoint is None or run.checkpoint.parent != vae_folder.parent):
+    is_there = run.checkpoint is not None and saved_autoencoder(args, run).resolve() == vae_folder.resolve()
+    if accelerator.is_main_process and not is_there:
         task.vae.save_pretrained(vae_folder)
     if trainer.ema is not None:
         trainer.ema.to(accelerator.device)  # a resumed average comes on the CPU
@@ -127,6 +127,12 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, run: Trai
             run.save_checkpoint()
     with ema_weights(trainer.ema, denoiser.learned_parameters()):
         run.finish(partial(task.save, trainer))
+
+
+def saved_autoencoder(args: argparse.Namespace, run: TrainingRun) -> Path:
+    """The folder of the autoencoder, with the latents' statistics, of the run that is resumed."""
+    beside = run.checkpoint.parent / "vae"  # another run's, if its checkpoint was named
+    return beside if beside.is_dir() else Path(args.output_dir, "vae")
 
 
 def load_split(

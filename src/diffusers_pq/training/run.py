@@ -160,7 +160,7 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             write_card(folder, self.args, self.step, self._scores)
             if self.uploads is not None and not self.uploads.upload(folder, f"step {self.step}"):
-                logger.warning("Repeat it with `hf upload %s %s`.", self.uploads.repo_id, folder)
+                logger.warning("Repeat it with `diffusers-pq push %s %s`.", folder, self.uploads.repo_id)
         self.accelerator.end_training()
 
 
