@@ -43,7 +43,15 @@ space = [
     "torchmetrics>=1.9",
     "torchvision>=0.21",
 ]
-dev = ["pytest>=8.0", "pytest-xdist>=3.6", "sybil>=10.0", "selenium>=4.30", "build>=1.2", "ruff>=0.12"]
+dev = [
+    "vector-quantize-pytorch>=1.20",
+    "pytest>=8.0",
+    "pytest-xdist>=3.6",
+    "sybil>=10.0",
+    "selenium>=4.30",
+    "build>=1.2",
+    "ruff>=0.12",
+]
 
 setup(
     name="diffusers_pq",

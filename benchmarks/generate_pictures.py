@@ -1,7 +1,15 @@
 #!/usr/bin/env python
-"""A grid of pictures that one or several text-to-image pipelines of diffusers paint from the same prompts and seeds.
+"""A grid of pictures that one or several text-to-image pipelines of diffusers paint from the same prompts and seeds
+(the form of Figures 4 and 8 to 10).
 
-python benchmarks/generate_pictures.py --models PQSD=model_cards/pqsd-mini --prompts "a ladybug" "a red apple"
+    python benchmarks/generate_pictures.py --models PQSD=model_cards/pqsd-mini --prompts "a ladybug" "a red apple"
+
+Figure 4 and, with other sizes than a pipeline's own, Figures 8 to 10:
+
+    python benchmarks/generate_pictures.py --models HR=runs/pqsd-hr Precise=runs/pqsd-precise Quick=runs/pqsd-quick \\
+        --prompts "a fox in the snow" --device cuda --dtype float16 --pictures_dir outputs/figure4
+    python benchmarks/generate_pictures.py --models HR=runs/pqsd-hr --height 1536 --width 3072 \\
+        --prompts "a harbour at night" --device cuda --dtype float16 --pictures_dir outputs/figure10
 """
 
 import argparse
@@ -21,33 +29,38 @@ def parse_args(argv=None):
     parser.add_argument("--num_images_per_prompt", type=int, default=1)
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
+    parser.add_argument("--height", type=int, help="of all pictures, in pixels; default: the pipeline's")
+    parser.add_argument("--width", type=int, help="likewise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo/generated.png"))
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo/generated.png"), help="the grid, reduced")
+    parser.add_argument("--pictures_dir", type=Path, help="for every picture in a file of its own, at full size")
     return parser.parse_args(argv)
 
 
 def paint(source, args):
     """PIL pictures `[prompts][images]`, each from a seed of its own."""
-    pipeline = DiffusionPipeline.from_pretrained(source, trust_remote_code=True).to(args.device)
+    options = {"trust_remote_code": True, "torch_dtype": getattr(torch, args.dtype)}
+    pipeline = DiffusionPipeline.from_pretrained(source, **options).to(args.device)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     count = args.num_images_per_prompt
     prompts = [prompt for prompt in args.prompts for _ in range(count)]
     seeds = [torch.Generator().manual_seed(args.seed + number) for number in range(len(prompts))]
-    sampling = {"num_inference_steps": args.num_inference_steps}
-    if args.guidance_scale is not None:
-        sampling["guidance_scale"] = args.guidance_scale
+    given = {name: getattr(args, name) for name in ("guidance_scale", "height", "width")}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    sampling["num_inference_steps"] = args.num_inference_steps
     images = pipeline(prompts, generator=seeds, **sampling).images
     return [images[start : start + count] for start in range(0, len(images), count)]
 
 
 def draw(pictures, prompts, path):
     """A row for each model, a column for each prompt with its pictures below each other."""
-    count = len(next(iter(pictures.values()))[0])
-    rows = len(pictures) * count
-    figure, axes = plt.subplots(
-        rows, len(prompts), figsize=(1.8 * len(prompts), 2 * rows), squeeze=False, layout="constrained"
-    )
+    first = next(iter(pictures.values()))[0]
+    rows = len(pictures) * len(first)
+    count = len(first)
+    size = (1.8 * len(prompts) * first[0].width / first[0].height, 2 * rows)
+    figure, axes = plt.subplots(rows, len(prompts), figsize=size, squeeze=False, layout="constrained")
     for model_number, (name, per_prompt) in enumerate(pictures.items()):
         for column, images in enumerate(per_prompt):
             for number, image in enumerate(images):
@@ -62,10 +75,18 @@ def draw(pictures, prompts, path):
     figure.savefig(path, dpi=100)
 
 
+def save_pictures(pictures, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, per_prompt in pictures.items():
+        for prompt_number, images in enumerate(per_prompt):
+            for number, image in enumerate(images):
+                image.save(folder / f"{name}-{prompt_number}-{number}.png")
+
+
 def main(args):
-    pictures = {}
-    for name, source in args.models:
-        pictures[name] = paint(source, args)
+    pictures = {name: paint(source, args) for name, source in args.models}
+    if args.pictures_dir:
+        save_pictures(pictures, args.pictures_dir)
     draw(pictures, args.prompts, args.output)
     print(f"Picture: {args.output}")
 

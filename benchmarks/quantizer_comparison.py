@@ -120,9 +120,10 @@ def evaluate_validation(accelerator, model, args, train_args):
 
 def evaluate_photographs(model):
     metrics, unavailable = load_metrics(PHOTOGRAPH_METRICS)
+    metrics.to(model.device)
     for original in load_photographs().values():
-        pair = (to_uint8(to_tensor(p))[None] for p in (reconstruct_picture(model, original).picture, original))
-        metrics.update(*pair)
+        reconstructed = reconstruct_picture(model, original).picture
+        metrics.update(*(to_uint8(to_tensor(p))[None].to(model.device) for p in (reconstructed, original)))
     scores = {name: float(score) for name, score in metrics.compute().items()}
     return {"pictures": len(load_photographs()), "scores": scores, "unavailable": unavailable}
 
@@ -141,7 +142,8 @@ def run_bottleneck(train_pqgan, name, config, args):
         check_settings(json.loads(path.read_text()), settings, path.parent)
     if (folder / "results.json").is_file():
         return
-    write_json(folder / "settings.json", settings)
+    if PartialState().is_main_process:
+        write_json(folder / "settings.json", settings)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         train(train_pqgan, name, config, args, train_args)
         if PartialState().num_processes > 1:
@@ -212,10 +214,12 @@ def main(args):
     config = json.loads(Path(args.model_config).read_text())
     for name in args.bottlenecks:
         run_bottleneck(train_pqgan, name, config, args)
-        results = read_results(args.runs_dir)
-        write_json(args.output_dir / "quantizer_comparison.json", results)
-        write_text(args.output_dir / "quantizer_comparison.md", markdown_table(results).rstrip() + "\n")
-    print(markdown_table(results))
+        if PartialState().is_main_process:
+            results = read_results(args.runs_dir)
+            write_json(args.output_dir / "quantizer_comparison.json", results)
+            write_text(args.output_dir / "quantizer_comparison.md", markdown_table(results).rstrip() + "\n")
+    if PartialState().is_main_process:
+        print(markdown_table(results))
 
 
 if __name__ == "__main__":

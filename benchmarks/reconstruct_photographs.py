@@ -2,13 +2,13 @@
 """Reconstruct the held-out photographs, or other pictures, with several autoencoders: a table, a JSON file and a
 figure with crops and difference maps (the form of Figures 1 and 7).
 
-    python benchmarks/reconstruct_photographs.py \
+    python benchmarks/reconstruct_photographs.py \\
         --models PQ=model_cards/pqgan-mini-f8-pq VQ=model_cards/pqgan-mini-f8-vq
 
 A model is a folder, a Hub repository or one of the systems that `evaluate_reconstruction.py --list_systems` prints.
 So, with the models of Figure 1:
 
-    python benchmarks/reconstruct_photographs.py --models F8=pqgan-f8 F16=pqgan-f16 SD2.1=sd21-vae \
+    python benchmarks/reconstruct_photographs.py --models F8=pqgan-f8 F16=pqgan-f16 SD2.1=sd21-vae \\
         --pictures street.jpg --crops street=640,300 --crop_side 128 --output_dir outputs/figure1
 """
 
@@ -98,8 +98,16 @@ def crop_boxes(args, pictures, reconstructions):
     return boxes
 
 
+def load_pictures(paths):
+    """By their names without suffix, which `--crops` and the table use."""
+    stems = [path.stem for path in paths]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise ValueError(f"--pictures has several files with the name {', '.join(twice)}: rename them.")
+    return {path.stem: load_image(path) for path in paths}
+
+
 def main(args):
-    pictures = {path.stem: load_image(path) for path in args.pictures} if args.pictures else load_photographs()
+    pictures = load_pictures(args.pictures) if args.pictures else load_photographs()
     rows, results = {}, {}
     for name, source in args.models:
         model = load_for_evaluation(source).to(args.device)

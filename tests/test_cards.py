@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import PIL.Image
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import tiny_config, tiny_unet
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import ModelCard
@@ -20,6 +22,7 @@ from safetensors.torch import save_file
 from diffusers_pq import PQModel, StableDiffusionPQPipeline
 from diffusers_pq.cards import CardRepository, hub_id, write_configuration
 from diffusers_pq.cli import main
+from diffusers_pq.evaluation import EvaluationData, run_evaluation
 from diffusers_pq.hub import check_folder, read_json
 from diffusers_pq.training.run import write_card
 
@@ -166,6 +169,30 @@ def test_an_evaluation_of_other_weights_is_refused(repository, capsys):
     assert main(["render-cards", str(repository / "models")]) == 1
     assert "is about other weights than those in" in capsys.readouterr().err
     assert not (repository / "models" / "tiny" / "README.md").exists()
+
+
+def test_the_command_of_an_evaluation_in_a_card_has_all_that_differs_from_the_defaults(repository):
+    evaluations = repository / "benchmarks" / "results" / "evaluation"
+    shutil.rmtree(evaluations)
+    (repository / "photographs").mkdir()
+    pictures = {"jpg": [PIL.Image.linear_gradient("L").convert("RGB")] * 2}
+    dataset = datasets.Dataset.from_dict(pictures).cast_column("jpg", datasets.Image())
+    dataset.to_parquet(repository / "photographs" / "test-00000-of-00001.parquet")
+    source = {"dataset_name": str(repository / "photographs"), "split": "test", "image_column": "jpg"}
+    data = EvaluationData(**source, resolution=32, resize_mode="stretch")
+    run_evaluation(Accelerator(cpu=True), str(repository / "models" / "tiny"), data, evaluations, metrics=["psnr"])
+    assert main(["render-cards", str(repository / "models")]) == 0
+    card = (repository / "models" / "tiny" / "README.md").read_text()
+    (command,) = re.findall(r"evaluate_reconstruction.py \\\n(.*?)\n```", card, re.DOTALL)
+    flags = dict(line.removesuffix(" \\").split() for line in command.splitlines())
+    assert flags.pop("--pretrained_model_name_or_path") == str(repository / "models" / "tiny")
+    assert flags == {
+        "--dataset_name": str(repository / "photographs"),
+        "--split": "test",
+        "--image_column": "jpg",
+        "--resolution": "32",
+        "--resize_mode": "stretch",
+    }
 
 
 def test_the_command_writes_the_cards_of_the_folders_that_are_there(repository, capsys):

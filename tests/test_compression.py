@@ -1,3 +1,5 @@
+import io
+import json
 import math
 import struct
 import zlib
@@ -9,14 +11,18 @@ import pytest
 import torch
 from conftest import tiny_config
 from diffusers import AutoencoderKL
+from scripts import run_script
 
 from diffusers_pq import PQModel
 from diffusers_pq.cli import main
 from diffusers_pq.compression import compress_picture, decompress_picture, pack_codes, unpack_codes
+from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import reconstruct_picture
 from diffusers_pq.training.autoencoders import load_autoencoder
 
 
+RATE_DISTORTION = Path(__file__).parent.parent / "benchmarks" / "rate_distortion.py"
+MEASURES = ("psnr", "ssim")
 SIZE = (45, 31)  # 12 x 8 latent pixels at F = 4
 FILE_OF_VERSION_1 = (
     "89505143019a7da1da62b9bde60a00000008000000040000000200000003000000fa754e0aefb913cd60e7db3ac39e8042d6b8d532"
@@ -160,3 +166,24 @@ def test_errors_of_the_commands_are_one_line_and_leave_no_file(folder, picture, 
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not list(tmp_path.glob("*output*"))
+
+
+def test_rates_and_distortions_of_models_and_codecs_are_those_of_their_files(folder, model, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    PIL.Image.fromarray(noise).save(tmp_path / "data" / "train" / "noise.png")
+    flags = ["--models", folder, "--train_data_dir", tmp_path / "data", "--qualities", 50]
+    run_script(RATE_DISTORTION, *flags, "--output_dir", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "rate_distortion.json").read_text())
+    (row,) = record["models"].values()
+    name, photograph = next(iter(load_photographs().items()))
+    bits = 8 * len(compress_picture(model, photograph)) / (photograph.width * photograph.height)
+    scores = reconstruct_picture(model, photograph).scores
+    assert row["photographs"][name] == pytest.approx({"bits_per_pixel": bits} | {key: scores[key] for key in MEASURES})
+    # S = 4 codes of 4 bits in 4 x 4 pixels, and the padding
+    assert 1 <= row["bits_per_pixel_uncoded"] < 1.01 and 0 < row["bits_per_pixel"] < row["bits_per_pixel_uncoded"]
+    jpeg = io.BytesIO()
+    photograph.save(jpeg, "JPEG", quality=50, optimize=True)
+    found = record["codecs"]["JPEG"][0]["photographs"][name]["bits_per_pixel"]
+    assert found == 8 * len(jpeg.getvalue()) / (photograph.width * photograph.height)
+    assert (tmp_path / "out" / "rate_distortion.png").is_file()

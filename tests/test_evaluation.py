@@ -17,6 +17,7 @@ from conftest import tiny_config, tiny_unet
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from safetensors.torch import load_file, save_file
 from test_metrics import tiny_metrics
+from torchmetrics import MetricCollection
 
 from diffusers_pq import PQModel
 from diffusers_pq.evaluation import (
@@ -112,6 +113,32 @@ def shards(tmp_path):
 def indices(loader):
     """The pictures that a loader gives, by their green."""
     return [round(float(picture[1, 16, 16] + 1) * 12.75) for batch in loader for picture in batch]
+
+
+def test_pictures_are_made_square_by_a_crop_or_stretched(tmp_path):
+    folder = tmp_path / "stripes" / "validation"
+    folder.mkdir(parents=True)
+    stripes = np.zeros((32, 64, 3), np.uint8)
+    stripes[:, :16] = 255  # a quarter, which a centre crop leaves out
+    PIL.Image.fromarray(stripes).save(folder / "stripes.png")
+    shares = {}
+    for mode in ("crop", "stretch"):
+        data = EvaluationData(data_dir=str(folder.parent), resolution=32, resize_mode=mode)
+        (picture,) = next(iter(data.loader(batch_size=1)))
+        assert picture.shape == (3, 32, 32)
+        shares[mode] = float((picture > 0).double().mean())
+    assert shares == {"crop": 0, "stretch": 0.25}
+    with pytest.raises(ValueError, match="`--resize_mode` must be one of crop, stretch, but is 'pad'"):
+        EvaluationData(data_dir=str(folder.parent), resize_mode="pad")
+
+
+def test_evaluations_of_stretched_pictures_have_a_folder_and_a_table_of_their_own(photographs, tmp_path):
+    tiny_model("AutoencoderKL").save_pretrained(tmp_path / "kl")
+    for data in (photographs, replace(photographs, resize_mode="stretch")):
+        run_evaluation(Accelerator(cpu=True), str(tmp_path / "kl"), data, tmp_path / "out", metrics=["psnr"])
+    assert (tmp_path / "out" / "kl" / "photographs-validation-32-stretch" / "results.json").is_file()
+    table = write_table(tmp_path / "out")
+    assert "32 x 32, 7 pictures" in table and "32 x 32, stretched, 7 pictures" in table
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -284,6 +311,15 @@ def test_an_evaluation_with_other_settings_is_not_gone_on_with(tmp_path):
     EvaluationProgress(tmp_path, 0, {"batch_size": 2, "split": "test"}).save(metrics, batches=1, pictures=2)
     with pytest.raises(ValueError, match=r"other settings \(batch_size 2 there, 3 now\)"):
         EvaluationProgress(tmp_path, 0, {"batch_size": 3, "split": "test"}).restore(metrics)
+
+
+def test_a_state_is_restored_to_the_device_of_the_metrics(tmp_path):
+    metrics = MetricCollection({"codebooks": CodebookUsage(2, 4)})
+    progress = EvaluationProgress(tmp_path, 0, {})
+    progress.save(metrics, batches=1, pictures=2)
+    # A device that refuses tensors of the CPU, as a GPU does.
+    metrics.to("meta")
+    assert progress.restore(metrics) == (1, 2) and metrics["codebooks"].counts.is_meta
 
 
 def test_finished_evaluations_are_read_and_not_repeated(photographs, tmp_path):

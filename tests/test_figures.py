@@ -71,6 +71,8 @@ def test_the_command_draws_any_models_and_pictures(tmp_path, capsys):
     for crops, message in [("photo=40,7", "photo=40,7 leaves the picture of 45 x 31"), ("cat=1,1", "names cat")]:
         with pytest.raises(ValueError, match=message):
             run(crops)
+    with pytest.raises(ValueError, match="several files with the name photo"):
+        script["load_pictures"]([tmp_path / "photo.jpg", tmp_path / "other" / "photo.png"])
     with pytest.raises(SystemExit):
         run("photo=5")
     assert "--crops takes PICTURE=LEFT,TOP" in capsys.readouterr().err

@@ -109,6 +109,13 @@ def test_ssim_is_one_for_equal_pictures_and_falls_with_noise():
     assert (ssim(noisy, reference) < 0.2).all()
 
 
+def test_ssim_refuses_pictures_smaller_than_its_window_reaches():
+    pictures = torch.zeros(1, 3, 6, 9, dtype=torch.uint8)
+    assert ssim(pictures, pictures) == 1
+    with pytest.raises(ValueError, match="6 pixels a side or more, but got 9 x 5"):
+        ssim(pictures[..., :5, :], pictures[..., :5, :])
+
+
 def test_psnr_is_averaged_over_pictures_not_over_their_errors():
     reference = torch.full((3, 3, 16, 16), 100, dtype=torch.uint8)
     image = reference + torch.tensor([1, 5, 50], dtype=torch.uint8).view(3, 1, 1, 1)

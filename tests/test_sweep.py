@@ -13,8 +13,10 @@ import pandas as pd
 import PIL.Image
 import pytest
 from conftest import tiny_config
+from scripts import run_script
 
 from diffusers_pq import PQModel
+from diffusers_pq.files import write_json
 from diffusers_pq.sweep import Claim, ClaimLostError, Configuration, Sweep, grid
 from diffusers_pq.sweep_report import (
     by_share,
@@ -31,6 +33,8 @@ from diffusers_pq.sweep_report import (
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "training_scripts" / "sweep_pqgan.py"
+FIGURES = ROOT / "benchmarks" / "sweep_figures.py"
+OVERHEAD = ROOT / "benchmarks" / "quantisation_overhead.py"
 ALL_SHARES = ["1", "d/8", "d/4", "d/2", "d"]
 
 # Stand-ins for the two scripts, which count how often they are called. This one is slow at its first call.
@@ -216,6 +220,8 @@ def test_trains_evaluates_and_skips_what_is_done(tmp_path, monkeypatch):
     assert sweep() == 0 and weights.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="d8-s2-k16 was trained with max_train_steps 2, now 3"):
         sweep("--max_train_steps", "3")
+    with pytest.raises(ValueError, match="d8-s2-k16 was trained with use_ema False, now True"):
+        sweep("--use_ema")
     with pytest.raises(ValueError, match="d8-s2-k16 was evaluated with .*--metrics psnr ssim"):
         flags[flags.index("--metrics psnr ssim")] = "--metrics psnr"
         sweep()
@@ -276,6 +282,35 @@ def test_figures_and_report_are_written(tmp_path):
     assert all(width > height > 200 for width, height in sizes)
     text = report(results, check_findings(results))
     assert "| S = 1 | 17.00 | 16.00 | 15.00 | 14.00 | -1.00 |" in text and text.count("| yes |") == 7
+
+
+def test_the_commands_of_the_figures_write_what_they_measured(tmp_path):
+    results = as_in_the_paper()
+    machine = {"date": "2026-11-26", "machine": "1 x cpu", "pictures": 4, "unavailable": {"rfid": "weights"}}
+    for row in results.to_dict("records"):
+        name = str(Configuration(row["d"], row["S"], row["K"]))
+        latents = {"latent_channels": row["d"], "num_subspaces": row["S"], "codebook_size": row["K"]}
+        scores = {column: row[column] for column in ("psnr", "H_n", "P_n")}
+        record = machine | {"latents": latents | {"bits_per_pixel": 1.0}, "scores": scores}
+        record["settings"] = {"resolution": 32, "weights_sha256": name}
+        write_json(tmp_path / "sweep" / name / "evaluation" / name / "data-validation-32" / "results.json", record)
+    printed = run_script(FIGURES, tmp_path / "sweep", "--output_dir", tmp_path / "out").stdout
+    assert "38 configurations" in printed and "rfid: unavailable, needs weights" in printed
+    record = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert record["settings"] == {"resolution": 32} and all(finding["seen"] for finding in record["findings"])
+    assert pd.DataFrame(record["configurations"])[["d", "S", "K"]].equals(results[["d", "S", "K"]])
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"sweep_quality.png", "sweep_utilisation.png"}
+
+
+def test_the_overhead_is_the_time_of_the_quantiser_over_that_of_the_rest(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config() | {"_class_name": "PQModel"}))
+    flags = ["--model", tmp_path, "--latent_channels", 8, "--num_subspaces", "d/2", "--codebook_size", 16]
+    run_script(OVERHEAD, *flags, "--pixels", 32, "--repeats", 2, "--output_dir", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "quantisation_overhead.json").read_text())
+    (row,) = record["configurations"]
+    assert (row["d"], row["S"], row["K"], record["pixels"]) == (8, 4, 16, 32)
+    assert row["overhead"] == pytest.approx(row["quantisation"] / (row["seconds"] - row["quantisation"]))
+    assert (tmp_path / "out" / "quantisation_overhead.png").is_file()
 
 
 def test_a_folder_must_hold_one_evaluation_or_it_be_chosen(tmp_path):

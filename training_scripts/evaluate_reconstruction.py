@@ -2,20 +2,26 @@
 """Measure the reconstructions of an image autoencoder as the paper does (section 4.4): any `PQModel`, `VQModel`,
 `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`, any image dataset; and the systems of Tables 1 and 2 by name.
 
-    accelerate launch training_scripts/evaluate_reconstruction.py --dataset_name ILSVRC/imagenet-1k --streaming \
+    accelerate launch training_scripts/evaluate_reconstruction.py --dataset_name ILSVRC/imagenet-1k --streaming \\
         --pretrained_model_name_or_path model_cards/pqgan-f8 --output_dir runs/evaluation
-    accelerate launch training_scripts/evaluate_reconstruction.py --dataset_name ILSVRC/imagenet-1k --streaming \
+    accelerate launch training_scripts/evaluate_reconstruction.py --dataset_name ILSVRC/imagenet-1k --streaming \\
         --systems sd21-vae sdxl-vae pqgan-f16 pqgan-f8 ldm-kl-f4=runs/ldm-kl-f4 --output_dir runs/evaluation
 
-The defaults are the paper's protocol for ImageNet at 256 x 256 (Table 1). Runs with the same `--output_dir` share a
-table, `results.md`. A run that was stopped goes on where it was when it is started again with the same arguments.
+The defaults are for ImageNet's 50,000 validation pictures at 256 x 256 (Table 1), as centre crops; the paper's authors
+resize whole pictures to a square: `--resize_mode stretch`. Table 2 takes FFHQ and LSUN, without training on them:
+
+    accelerate launch training_scripts/evaluate_reconstruction.py --data_dir ffhq --split train --max_samples 10000 \\
+        --resize_mode stretch --systems ldm-kl-f8 sd21-vae sdxl-vae pqgan-f8 --output_dir runs/evaluation
+
+Runs with the same `--output_dir` share a table, `results.md`. A run that was stopped goes on where it was when it is
+started again with the same arguments.
 """
 
 import argparse
 
 from accelerate import Accelerator
 
-from diffusers_pq.evaluation import EvaluationData, run_evaluation, write_table
+from diffusers_pq.evaluation import RESIZE_MODES, EvaluationData, run_evaluation, write_table
 from diffusers_pq.metrics import METRICS
 from diffusers_pq.systems import SYSTEMS, systems_table
 from diffusers_pq.training.arguments import add_evaluation_data_arguments
@@ -44,10 +50,16 @@ def parse_args(argv=None):
     data = parser.add_argument_group("data")
     add_evaluation_data_arguments(data)
     data.add_argument(
+        "--resize_mode",
+        choices=RESIZE_MODES,
+        default="crop",
+        help="to a square: resize the short side and take the centre, or resize to a square as the paper's authors do",
+    )
+    data.add_argument(
         "--image_interpolation_mode",
         choices=("bicubic", "bilinear", "box", "lanczos"),
         default="bicubic",
-        help="filter that resizes the short side",
+        help="filter of the resizing",
     )
     data.add_argument("--max_samples", type=int, help="only the first; the paper: 10000 of FFHQ, 3000 of LSUN")
     data.add_argument("--streaming", action="store_true", help="read while evaluating instead of downloading first")
@@ -80,6 +92,7 @@ def main(args):
         split=args.split,
         image_column=args.image_column,
         resolution=args.resolution,
+        resize_mode=args.resize_mode,
         image_interpolation_mode=args.image_interpolation_mode,
         max_samples=args.max_samples,
     )

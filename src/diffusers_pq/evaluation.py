@@ -35,6 +35,7 @@ from .training.data import decode_image, load_images
 
 
 RESULTS_FILE = "results.json"
+RESIZE_MODES = ("crop", "stretch")
 
 # key of a result -> column of the table, format
 _SCORE_COLUMNS = {
@@ -61,7 +62,7 @@ _HUB_METRICS = {"rfid": "fid", "lpips_alex": "lpips", "lpips_vgg": "lpips"}
 @dataclass(frozen=True)
 class EvaluationData:
     """
-    The pictures to evaluate on: centre crops after the short side was resized.
+    The pictures to evaluate on, made square.
 
     Args:
         dataset_name (`str`, *optional*): A Hub dataset or a local dataset folder (parquet files, say).
@@ -69,12 +70,14 @@ class EvaluationData:
         dataset_config_name (`str`, *optional*)
         split (`str`): `"validation"`, `"test"`, ...
         image_column (`str`): The column that holds the pictures.
-        resolution (`int`): Side of the crops, in pixels.
+        resolution (`int`): Side of the squares, in pixels.
+        resize_mode (`str`): `"crop"` resizes the short side and takes the centre; `"stretch"` resizes whole pictures,
+            whose proportions change, as the paper's authors do.
         image_interpolation_mode (`str`): Filter of the resizing, antialiased.
         max_samples (`int`, *optional*): Only the first pictures; default: all.
 
     Raises:
-        ValueError: if neither or both sources are given.
+        ValueError: if neither or both sources are given, or the `resize_mode` is unknown.
     """
 
     dataset_name: str | None = None
@@ -83,12 +86,15 @@ class EvaluationData:
     split: str = "validation"
     image_column: str = "image"
     resolution: int = 256
+    resize_mode: str = "crop"
     image_interpolation_mode: str = "bicubic"
     max_samples: int | None = None
 
     def __post_init__(self):
         if (self.dataset_name is None) == (self.data_dir is None):
             raise ValueError("Give exactly one of `--dataset_name` and `--data_dir`.")
+        if self.resize_mode not in RESIZE_MODES:
+            raise ValueError(f"`--resize_mode` must be one of {', '.join(RESIZE_MODES)}, but is {self.resize_mode!r}.")
 
     @property
     def name(self) -> str:
@@ -124,15 +130,16 @@ class EvaluationData:
         return DataLoader(
             split_dataset_by_node(dataset, process_index, num_processes, strategy),
             batch_size=batch_size,
-            collate_fn=partial(_centre_crops, self),
+            collate_fn=partial(_squares, self),
             num_workers=num_workers,
         )
 
 
-def _centre_crops(data: EvaluationData, rows: list[dict]) -> torch.Tensor:
-    resize = Resize(data.resolution, InterpolationMode(data.image_interpolation_mode))
-    crop = Compose([resize, CenterCrop(data.resolution), to_tensor])
-    return torch.stack([crop(decode_image(row[data.image_column])) for row in rows])
+def _squares(data: EvaluationData, rows: list[dict]) -> torch.Tensor:
+    side = data.resolution if data.resize_mode == "crop" else (data.resolution, data.resolution)
+    resize = Resize(side, InterpolationMode(data.image_interpolation_mode))
+    square = Compose([resize, CenterCrop(data.resolution), to_tensor])
+    return torch.stack([square(decode_image(row[data.image_column])) for row in rows])
 
 
 def describe_latents(model: nn.Module, resolution: int) -> dict[str, int | float]:
@@ -205,8 +212,8 @@ class EvaluationProgress:
         for name, metric in metrics.items():
             saved = {}
             for key, fresh in metric.metric_state.items():
-                state = states.get(f"{name}.{key}")
-                saved[key] = ([] if state is None else [state.to(metric.device)]) if isinstance(fresh, list) else state
+                found = [states[f"{name}.{key}"].to(metric.device)] if f"{name}.{key}" in states else []
+                saved[key] = found if isinstance(fresh, list) else found[0]
             metric.merge_state(saved)
         return record["batches"], record["pictures"]
 
@@ -296,7 +303,7 @@ def run_evaluation(
     Evaluate an autoencoder on a dataset, or read the result if that was done. To be called by all processes.
 
     A run that was stopped is taken up again where it last saved. `<output_dir>/<name>/<dataset>-<split>-<resolution>`
-    gets `results.json` and, for the head of a model card, `model-index.yml`.
+    (`...-stretch` in that mode) gets `results.json` and, for the head of a model card, `model-index.yml`.
 
     Args:
         accelerator (`Accelerator`)
@@ -318,7 +325,8 @@ def run_evaluation(
         ValueError: if an argument is wrong, or the folder holds an evaluation with other settings.
     """
     name = name or Path(pretrained_model_name_or_path).name
-    folder = Path(output_dir, name.replace("/", "--"), f"{data.name}-{data.split}-{data.resolution}")
+    suffix = "" if data.resize_mode == "crop" else f"-{data.resize_mode}"
+    folder = Path(output_dir, name.replace("/", "--"), f"{data.name}-{data.split}-{data.resolution}{suffix}")
     share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     with accelerator.local_main_process_first():  # what must be downloaded, is so once
         model = load_for_evaluation(pretrained_model_name_or_path, **hub_kwargs)
@@ -360,7 +368,8 @@ def run_evaluation(
 
 
 def _data(result: dict) -> EvaluationData:
-    return EvaluationData(**{field.name: result["settings"][field.name] for field in fields(EvaluationData)})
+    known = {field.name for field in fields(EvaluationData)}
+    return EvaluationData(**{name: value for name, value in result["settings"].items() if name in known})
 
 
 def model_index(result: dict) -> str:
@@ -374,7 +383,11 @@ def model_index(result: dict) -> str:
             dataset_name=data.name,
             dataset_config=data.dataset_config_name,
             dataset_split=data.split,
-            dataset_args={"resolution": data.resolution, "pictures": result["pictures"]},
+            dataset_args={
+                "resolution": data.resolution,
+                "resize_mode": data.resize_mode,
+                "pictures": result["pictures"],
+            },
             metric_type=_HUB_METRICS.get(name, name),
             metric_name=label,
             metric_value=result["scores"][name],
@@ -406,7 +419,7 @@ def results_table(results: list[dict]) -> str:
     sections = {}
     for result in results:
         data = _data(result)
-        side = f"{data.resolution} x {data.resolution}"
+        side = f"{data.resolution} x {data.resolution}" + (", stretched" if data.resize_mode == "stretch" else "")
         title = f"{data.name}, {data.split}, {side}, {result['pictures']} pictures"
         sections.setdefault(title, []).append(result)
     return "\n\n".join(f"### {title}\n\n{_section(rows)}" for title, rows in sections.items()) + "\n"

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14-336"
 # torchvision's names of the LPIPS backbones.
 _LPIPS_BACKBONES = {"alex": "alexnet", "vgg": "vgg16"}
+_SSIM_SIDE = 6  # half the window, reflected at the borders, and one
 # Rows of a kernel matrix that CMMD holds at once.
 _KERNEL_ROWS = 1024
 
@@ -63,7 +64,21 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """SSIM (torchmetrics: 11 x 11 Gaussian window) of every picture of two uint8 batches `[B, 3, H, W]`, as `[B]`."""
+    """
+    SSIM of every picture (torchmetrics: 11 x 11 Gaussian window).
+
+    Args:
+        images, references (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): See [`~diffusers_pq.images.to_uint8`].
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, up to 1.
+
+    Raises:
+        ValueError: if a side is shorter than 6 pixels, too short for the window.
+    """
+    if min(images.shape[-2:]) < _SSIM_SIDE:
+        height, width = images.shape[-2:]
+        raise ValueError(f"SSIM needs pictures of {_SSIM_SIDE} pixels a side or more, but got {width} x {height}.")
     return structural_similarity_index_measure(images.float(), references.float(), data_range=255.0, reduction="none")
 
 

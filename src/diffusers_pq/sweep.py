@@ -25,10 +25,13 @@ from .files import write_json
 
 logger = logging.getLogger(__name__)
 
-# What must agree in all trainings of a sweep, of the flags of train_pqgan.py. Others may differ between machines.
+# What must agree in all trainings of a sweep, of the flags of train_pqgan.py. Others may differ between machines: one
+# with more processes takes fewer crops in each.
 _SHARED_FLAGS = (
     "dataset_name",
     "resolution",
+    "crops_per_image",
+    "min_image_side",
     "random_flip",
     "max_train_steps",
     "learning_rate",
@@ -44,6 +47,8 @@ _SHARED_FLAGS = (
     "codebook_ema_decay",
     "reseed_dead_entries",
     "gradient_estimator",
+    "use_ema",
+    "ema_decay",
     "quantize_from_step",
     "perceptual_weight",
     "discriminator_weight",

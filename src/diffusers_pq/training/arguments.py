@@ -56,7 +56,7 @@ def add_evaluation_data_arguments(data):
     data.add_argument("--dataset_config_name")
     data.add_argument("--split", default="validation")
     data.add_argument("--image_column", default="image")
-    data.add_argument("--resolution", type=int, default=256, help="side of the centre crops")
+    data.add_argument("--resolution", type=int, default=256, help="side of the pictures")
 
 
 def add_optimisation_arguments(parser: argparse.ArgumentParser):
