@@ -271,6 +271,8 @@ def test_numbers_of_the_findings_are_right():
     assert table.loc["d/2", 64] == pytest.approx(20 + 6 + 2.5 + 0.001 * (128 + 512) / 2 / 512)
     frame = pd.DataFrame({"K": [1, 1, 2, 2], "S": [1, 2, 1, 2], "H_n": [0.0, 1.0, 0.0, 1.0]})
     assert explained(frame, "H_n", "S") == 1 and explained(frame, "H_n", "K") == 0
+    by_sub_vector = results_of(psnr=lambda d, s, k: s, entropy=lambda d, s, k: s / d)
+    assert check_findings(by_sub_vector)[4].numbers.endswith("d/S: 1.00")
 
 
 def test_figures_and_report_are_written(tmp_path):

@@ -128,7 +128,8 @@ def check_findings(results: pd.DataFrame) -> list[Finding]:
     best_vq = results[results.S == 1].psnr.max()
     entropy = results.groupby("S").H_n.mean()
     entropy_vq = by_share(results, "H_n").loc[_VQ]
-    shares = {factor: explained(results, "H_n", factor) for factor in ("S", "d", "K")}
+    by_size = results.assign(**{"d/S": results.d // results.S})
+    shares = {factor: explained(by_size, "H_n", factor) for factor in ("S", "d", "K", "d/S")}
     perplexity = results.groupby("K").P_n.mean()
     return [
         Finding(
