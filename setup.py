@@ -44,7 +44,6 @@ space = [
     "torchvision>=0.21",
 ]
 dev = [
-    "vector-quantize-pytorch>=1.20",
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "sybil>=10.0",
@@ -85,7 +84,7 @@ setup(
         "benchmark": [*benchmark, *compress, *eval_],
         "docs": [*docs, *train, *eval_, *compress],
         "space": space,
-        "dev": [*dev, *docs, *train, *eval_, *compress],
+        "dev": [*dev, *docs, *train, *eval_, *compress, *benchmark],
     },
     entry_points={"console_scripts": ["diffusers-pq=diffusers_pq.cli:main"]},
 )

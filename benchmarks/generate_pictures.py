@@ -7,9 +7,11 @@
 Figure 4 and, with other sizes than a pipeline's own, Figures 8 to 10:
 
     python benchmarks/generate_pictures.py --models HR=runs/pqsd-hr Precise=runs/pqsd-precise Quick=runs/pqsd-quick \\
-        --prompts "a fox in the snow" --device cuda --dtype float16 --pictures_dir outputs/figure4
+        --prompts "a fox in the snow" --device cuda --dtype float16 --pictures_dir outputs/figure4 \\
+        --output outputs/figure4.png
     python benchmarks/generate_pictures.py --models HR=runs/pqsd-hr --height 1536 --width 3072 \\
-        --prompts "a harbour at night" --device cuda --dtype float16 --pictures_dir outputs/figure10
+        --prompts "a harbour at night" --device cuda --dtype float16 --pictures_dir outputs/figure10 \\
+        --output outputs/figure10.png
 """
 
 import argparse

@@ -179,7 +179,7 @@ def test_the_command_of_an_evaluation_in_a_card_has_all_that_differs_from_the_de
     dataset = datasets.Dataset.from_dict(pictures).cast_column("jpg", datasets.Image())
     dataset.to_parquet(repository / "photographs" / "test-00000-of-00001.parquet")
     source = {"dataset_name": str(repository / "photographs"), "split": "test", "image_column": "jpg"}
-    data = EvaluationData(**source, resolution=32, resize_mode="stretch")
+    data = EvaluationData(**source, resolution=32, resize_mode="stretch", image_interpolation_mode="lanczos")
     run_evaluation(Accelerator(cpu=True), str(repository / "models" / "tiny"), data, evaluations, metrics=["psnr"])
     assert main(["render-cards", str(repository / "models")]) == 0
     card = (repository / "models" / "tiny" / "README.md").read_text()
@@ -192,6 +192,7 @@ def test_the_command_of_an_evaluation_in_a_card_has_all_that_differs_from_the_de
         "--image_column": "jpg",
         "--resolution": "32",
         "--resize_mode": "stretch",
+        "--image_interpolation_mode": "lanczos",
     }
 
 

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import statistics
 import struct
 import zlib
 from pathlib import Path
@@ -16,6 +17,8 @@ from scripts import run_script
 from diffusers_pq import PQModel
 from diffusers_pq.cli import main
 from diffusers_pq.compression import compress_picture, decompress_picture, pack_codes, unpack_codes
+from diffusers_pq.images import to_tensor, to_uint8
+from diffusers_pq.metrics import psnr
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import reconstruct_picture
 from diffusers_pq.training.autoencoders import load_autoencoder
@@ -170,8 +173,9 @@ def test_errors_of_the_commands_are_one_line_and_leave_no_file(folder, picture, 
 
 def test_rates_and_distortions_of_models_and_codecs_are_those_of_their_files(folder, model, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    training_picture = PIL.Image.fromarray(noise)
     (tmp_path / "data" / "train").mkdir(parents=True)
-    PIL.Image.fromarray(noise).save(tmp_path / "data" / "train" / "noise.png")
+    training_picture.save(tmp_path / "data" / "train" / "noise.png")
     flags = ["--models", folder, "--train_data_dir", tmp_path / "data", "--qualities", 50]
     run_script(RATE_DISTORTION, *flags, "--output_dir", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "rate_distortion.json").read_text())
@@ -182,8 +186,18 @@ def test_rates_and_distortions_of_models_and_codecs_are_those_of_their_files(fol
     assert row["photographs"][name] == pytest.approx({"bits_per_pixel": bits} | {key: scores[key] for key in MEASURES})
     # S = 4 codes of 4 bits in 4 x 4 pixels, and the padding
     assert 1 <= row["bits_per_pixel_uncoded"] < 1.01 and 0 < row["bits_per_pixel"] < row["bits_per_pixel_uncoded"]
+    codes = model.encode_codes(to_tensor(training_picture)[None])[0].flatten(1)
+    counts = torch.stack([one.bincount(minlength=16) + 1.0 for one in codes])
+    bits = []
+    for picture in load_photographs().values():
+        codes = reconstruct_picture(model, picture).codes[0].flatten(1)
+        lengths = -(counts / counts.sum(1, keepdim=True)).log2().gather(1, codes)
+        bits.append(float(lengths.sum()) / (picture.width * picture.height))
+    assert row["bits_per_pixel_static"] == pytest.approx(statistics.mean(bits), rel=1e-4)
     jpeg = io.BytesIO()
     photograph.save(jpeg, "JPEG", quality=50, optimize=True)
-    found = record["codecs"]["JPEG"][0]["photographs"][name]["bits_per_pixel"]
-    assert found == 8 * len(jpeg.getvalue()) / (photograph.width * photograph.height)
+    found = record["codecs"]["JPEG"][0]["photographs"][name]
+    assert found["bits_per_pixel"] == 8 * len(jpeg.getvalue()) / (photograph.width * photograph.height)
+    pair = [to_uint8(to_tensor(picture))[None] for picture in (PIL.Image.open(jpeg), photograph)]
+    assert found["psnr"] == pytest.approx(float(psnr(*pair)))
     assert (tmp_path / "out" / "rate_distortion.png").is_file()

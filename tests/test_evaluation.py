@@ -23,6 +23,7 @@ from diffusers_pq import PQModel
 from diffusers_pq.evaluation import (
     EvaluationData,
     EvaluationProgress,
+    check_settings,
     describe_latents,
     evaluate_autoencoder,
     read_results,
@@ -311,6 +312,10 @@ def test_an_evaluation_with_other_settings_is_not_gone_on_with(tmp_path):
     EvaluationProgress(tmp_path, 0, {"batch_size": 2, "split": "test"}).save(metrics, batches=1, pictures=2)
     with pytest.raises(ValueError, match=r"other settings \(batch_size 2 there, 3 now\)"):
         EvaluationProgress(tmp_path, 0, {"batch_size": 3, "split": "test"}).restore(metrics)
+    # Of a version that knew no `resize_mode`, and cropped
+    check_settings({"split": "test"}, {"split": "test", "resize_mode": "crop"}, tmp_path)
+    with pytest.raises(ValueError, match="resize_mode 'crop' there, 'stretch' now"):
+        check_settings({"split": "test"}, {"split": "test", "resize_mode": "stretch"}, tmp_path)
 
 
 def test_a_state_is_restored_to_the_device_of_the_metrics(tmp_path):

@@ -1,3 +1,6 @@
+import runpy
+from pathlib import Path
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,8 +14,10 @@ from diffusers_pq import (
     StableDiffusionPQInpaintPipeline,
     StableDiffusionPQPipeline,
 )
+from diffusers_pq.training.scratch import create_stable_diffusion, train_clip_tokenizer
 
 
+PICTURES = Path(__file__).parent.parent / "benchmarks" / "generate_pictures.py"
 SCHEDULER = {"scheduler": DDIMScheduler(), "requires_safety_checker": False}
 NOTHING_ELSE = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
 
@@ -43,6 +48,23 @@ def test_default_size_comes_from_the_downsampling_factor(pipeline):
     images = generate(pipeline, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
     assert generate(pipeline, height=16, width=40).images[0].size == (40, 16)
+
+
+def test_the_command_paints_any_size_and_keeps_every_picture(pipeline, tmp_path):
+    unet = {name: value for name, value in tiny_unet(8).config.items() if not name.startswith("_")}
+    for name in ("in_channels", "out_channels", "cross_attention_dim"):
+        del unet[name]
+    text_encoder = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = train_clip_tokenizer(["a fox", "a hen"], 520, 8)
+    create_stable_diffusion(pipeline.vae, tokenizer, unet, text_encoder, "epsilon").save_pretrained(tmp_path / "pq")
+    script = runpy.run_path(str(PICTURES))
+    flags = ["--models", f"A={tmp_path / 'pq'}", "--prompts", "a fox", "a hen", "--num_images_per_prompt", "2"]
+    flags += ["--height", "16", "--width", "48", "--num_inference_steps", "1", "--output", str(tmp_path / "grid.png")]
+    script["main"](script["parse_args"]([*flags, "--pictures_dir", str(tmp_path / "all")]))
+    names = {path.name for path in (tmp_path / "all").iterdir()}
+    assert names == {f"A-{prompt}-{number}.png" for prompt in (0, 1) for number in (0, 1)}
+    with PIL.Image.open(tmp_path / "all" / "A-1-0.png") as picture, PIL.Image.open(tmp_path / "grid.png") as grid:
+        assert picture.size == (48, 16) and grid.width > grid.height
 
 
 def test_decodes_unscaled_snapped_latents(pipeline):

@@ -282,9 +282,8 @@ class CardRepository:
 
 
 def _evaluation_command(result: dict) -> str:
-    settings = result["settings"]
-    defaults = {"image_column": "image", "resize_mode": "crop", "image_interpolation_mode": "bicubic"}
-    source = ("dataset_name", "data_dir", "dataset_config_name", "split", "resolution", "max_samples", *defaults)
-    flags = {"pretrained_model_name_or_path": result["model"]} | {name: settings.get(name) for name in source}
-    given = [f"--{name} {value}" for name, value in flags.items() if value not in (None, defaults.get(name))]
+    from .evaluation import data_flags
+
+    flags = {"pretrained_model_name_or_path": result["model"]} | data_flags(result)
+    given = [f"--{name} {value}" for name, value in flags.items()]
     return " \\\n    ".join(["accelerate launch training_scripts/evaluate_reconstruction.py", *given])

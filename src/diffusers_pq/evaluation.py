@@ -135,6 +135,9 @@ class EvaluationData:
         )
 
 
+_DATA_DEFAULTS = {field.name: field.default for field in fields(EvaluationData)}
+
+
 def _squares(data: EvaluationData, rows: list[dict]) -> torch.Tensor:
     side = data.resolution if data.resize_mode == "crop" else (data.resolution, data.resolution)
     resize = Resize(side, InterpolationMode(data.image_interpolation_mode))
@@ -212,8 +215,9 @@ class EvaluationProgress:
         for name, metric in metrics.items():
             saved = {}
             for key, fresh in metric.metric_state.items():
-                found = [states[f"{name}.{key}"].to(metric.device)] if f"{name}.{key}" in states else []
-                saved[key] = found if isinstance(fresh, list) else found[0]
+                state = states.get(f"{name}.{key}")
+                state = None if state is None else state.to(metric.device)
+                saved[key] = ([] if state is None else [state]) if isinstance(fresh, list) else state
             metric.merge_state(saved)
         return record["batches"], record["pictures"]
 
@@ -223,6 +227,8 @@ class EvaluationProgress:
 
 def check_settings(found: dict, wanted: dict, folder: Path):
     """Raise a `ValueError` that names what differs between two evaluations' settings."""
+    # Settings of the data that an earlier version did not know had their defaults.
+    found = {key: value for key, value in _DATA_DEFAULTS.items() if key in wanted} | found
     differences = [
         f"{key} {found.get(key)!r} there, {wanted.get(key)!r} now"
         for key in sorted(found.keys() | wanted.keys())
@@ -367,9 +373,14 @@ def run_evaluation(
     return result
 
 
+def data_flags(result: dict) -> dict[str, str | int]:
+    """The flags, by name, of a result's data that differ from their defaults."""
+    data = asdict(_data(result))
+    return {name: data[name] for name, default in _DATA_DEFAULTS.items() if data[name] != default}
+
+
 def _data(result: dict) -> EvaluationData:
-    known = {field.name for field in fields(EvaluationData)}
-    return EvaluationData(**{name: value for name, value in result["settings"].items() if name in known})
+    return EvaluationData(**{name: value for name, value in result["settings"].items() if name in _DATA_DEFAULTS})
 
 
 def model_index(result: dict) -> str:

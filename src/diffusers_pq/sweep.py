@@ -28,13 +28,16 @@ logger = logging.getLogger(__name__)
 # What must agree in all trainings of a sweep, of the flags of train_pqgan.py. Others may differ between machines: one
 # with more processes takes fewer crops in each.
 _SHARED_FLAGS = (
+    "backbone_name_or_path",
     "dataset_name",
+    "dataset_config_name",
     "resolution",
     "crops_per_image",
     "min_image_side",
     "random_flip",
     "max_train_steps",
     "learning_rate",
+    "discriminator_learning_rate",
     "lr_scheduler",
     "lr_warmup_steps",
     "adam_beta1",
@@ -42,6 +45,7 @@ _SHARED_FLAGS = (
     "max_grad_norm",
     "weight_init",
     "codebook_init",
+    "kmeans_vectors_per_entry",
     "codebook_distance",
     "codebook_weight",
     "codebook_ema_decay",

@@ -126,6 +126,8 @@ def check_findings(results: pd.DataFrame) -> list[Finding]:
     over_subspaces = (results.groupby(["d", "K"]).psnr.max() - results.groupby(["d", "K"]).psnr.min()).mean()
     fine = results[(results.d == results.d.max()) & (results.S >= results.d // 2) & (results.K == results.K.min())]
     best_vq = results[results.S == 1].psnr.max()
+    largest = results[results.K == results.K.max()]
+    entropy_largest = by_share(largest, "H_n").drop(_VQ, errors="ignore").mean(axis="columns")
     entropy = results.groupby("S").H_n.mean()
     entropy_vq = by_share(results, "H_n").loc[_VQ]
     by_size = results.assign(**{"d/S": results.d // results.S})
@@ -140,7 +142,8 @@ def check_findings(results: pd.DataFrame) -> list[Finding]:
         Finding(
             "Quality grows with S and saturates at d/2.",
             gains["d/2"] > 0 and gains["d"] < gains["d/2"] / 2,
-            f"dB gained on the S before: {_listed(gains, '+.2f', 'S = ')}",
+            f"dB gained on the S before, d = {', '.join(map(str, psnr.dropna(axis='columns')))}: "
+            f"{_listed(gains, '+.2f', 'S = ')}",
         ),
         Finding(
             "Quality depends on K only weakly.",
@@ -154,8 +157,8 @@ def check_findings(results: pd.DataFrame) -> list[Finding]:
             f"{best_vq:.2f} dB",
         ),
         Finding(
-            "H_n clusters by S and hardly depends on K.",
-            shares["S"] > max(shares["d"], shares["K"]) and shares["K"] < 0.1,
+            "H_n clusters by the subspaces and hardly depends on K.",
+            max(shares["S"], shares["d/S"]) > max(shares["d"], shares["K"]) and shares["K"] < 0.1,
             f"share of the variance of H_n between groups: {_listed(shares, '.2f')}",
         ),
         Finding(
@@ -164,9 +167,14 @@ def check_findings(results: pd.DataFrame) -> list[Finding]:
             f"mean H_n: {_listed(entropy, '.2f', 'S = ')}; at S = 1: {_listed(entropy_vq, '.2f', 'd = ')}",
         ),
         Finding(
-            "P_n falls as K grows.",
+            "P_n, unlike H_n, depends on K, and falls as it grows.",
             perplexity.is_monotonic_decreasing,
             f"mean P_n: {_listed(perplexity, '.3f', 'K = ')}",
+        ),
+        Finding(
+            "Even with the largest K, product quantisation keeps H_n above 0.8.",
+            largest[largest.S > 1].H_n.min() > 0.8,
+            f"K = {results.K.max()}, mean H_n: {_listed(entropy_largest, '.2f', 'S = ')}",
         ),
     ]
 
