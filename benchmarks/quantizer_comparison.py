@@ -2,9 +2,9 @@
 """The bottlenecks of Table 1 (VQ, multi-channel, residual, scalar, FSQ, KL, none, PQ) on one backbone, with the same
 data, crops, start and steps.
 
-    python benchmarks/quantizer_comparison.py          # some 40 minutes on 2 cores; goes on where it was interrupted
+    python benchmarks/quantizer_comparison.py          # some 90 minutes on one core; goes on where it was interrupted
 
-In two processes at a time, into one table:
+In two processes at a time (45 minutes on 2 cores, with OMP_NUM_THREADS=1), into one table:
 
     python benchmarks/quantizer_comparison.py --bottlenecks vq multi_channel residual scalar &
     python benchmarks/quantizer_comparison.py --bottlenecks fsq kl none pq
