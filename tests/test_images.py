@@ -1,3 +1,5 @@
+import struct
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -30,6 +32,34 @@ def test_any_mode_becomes_rgb(colours, tmp_path, mode):
     assert loaded.mode == "RGB" and loaded.size == (17, 11)
     if mode == "I;16":
         assert np.array_equal(np.asarray(loaded)[..., 0], colours[..., 0])
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [np.linspace(0, 1, 100, dtype=np.float32), np.linspace(0, 255, 100).astype(np.int32)],
+    ids=["float", "int32"],
+)
+def test_deep_grey_keeps_its_range(pixels, tmp_path):
+    PIL.Image.fromarray(pixels.reshape(10, 10)).save(tmp_path / "ramp.tif")
+    loaded = np.asarray(load_image(tmp_path / "ramp.tif"))
+    assert loaded.min() == 0 and loaded.max() == 255 and abs(loaded.mean() - 127.5) < 1.5
+
+
+def test_deep_grey_of_unknown_range_is_refused(tmp_path):
+    PIL.Image.fromarray(np.full((4, 4), 300, np.float32)).save(tmp_path / "heights.tif")
+    with pytest.raises(ValueError, match="heights.tif cannot be read as a picture: its pixels range from 300.0"):
+        load_image(tmp_path / "heights.tif")
+
+
+def test_broken_exif_is_a_bad_picture(tmp_path):
+    # A resolution (tag 0x11a) that is a signed fraction over 0.
+    entry = struct.pack("<HHI", 0x11A, 10, 1) + struct.pack("<I", 26)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + struct.pack("<I", 0) + struct.pack("<ii", -72, 0)
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "broken.jpg", exif=exif)
+    try:
+        assert load_image(tmp_path / "broken.jpg").size == (8, 8)
+    except ValueError as error:
+        assert "broken.jpg cannot be read as a picture" in str(error)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):

@@ -24,20 +24,38 @@ def load_image(path: str | os.PathLike) -> PIL.Image.Image:
             return to_rgb(picture)
     except FileNotFoundError:
         raise FileNotFoundError(f"No such picture: {path}") from None
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except MemoryError:  # says nothing about the picture
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files, broken EXIF for one
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Upright (EXIF), 8-bit RGB; transparent parts on white, 16-bit grey scaled to 8 bits."""
+    """
+    Upright (EXIF), 8-bit RGB; transparent parts on white, deeper grey scaled to 8 bits.
+
+    Raises:
+        ValueError: if float pixels lie outside [0, 1] or integers outside 16 bits: their range cannot be known.
+    """
     picture = PIL.ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        picture = PIL.Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    if picture.mode[0] in "IF":
+        picture = PIL.Image.fromarray(_eight_bit_grey(np.asarray(picture), picture.mode))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = PIL.Image.new("RGBA", picture.size, "white")
         picture = PIL.Image.alpha_composite(white, picture)
     return picture.convert("RGB")
+
+
+def _eight_bit_grey(pixels: np.ndarray, mode: str) -> np.ndarray:
+    """Grey pixels `[H, W]` of 16-bit integers, integers or floats as uint8."""
+    top = 1 if mode == "F" else 255 if mode == "I" and pixels.max() <= 255 else 65535
+    if not (pixels.min() >= 0 and pixels.max() <= top):
+        raise ValueError(
+            f"its pixels range from {pixels.min()} to {pixels.max()}, which cannot be scaled to 8 bits: store floats "
+            "in [0, 1], or integers of at most 16 bits"
+        )
+    return (pixels / (top / 255)).astype(np.uint8)
 
 
 def to_tensor(picture: PIL.Image.Image) -> torch.Tensor:
