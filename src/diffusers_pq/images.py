@@ -55,7 +55,7 @@ def _eight_bit_grey(pixels: np.ndarray, mode: str) -> np.ndarray:
             f"its pixels range from {pixels.min()} to {pixels.max()}, which cannot be scaled to 8 bits: store floats "
             "in [0, 1], or integers of at most 16 bits"
         )
-    return (pixels / (top / 255)).astype(np.uint8)
+    return (pixels * 255.0 / top).astype(np.uint8)
 
 
 def to_tensor(picture: PIL.Image.Image) -> torch.Tensor:
