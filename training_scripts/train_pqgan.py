@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, broadcast
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from diffusers_pq import PatchDiscriminator
@@ -44,7 +43,7 @@ from diffusers_pq.training.initialisation import (
 )
 from diffusers_pq.training.loaders import build_train_loader, first_batches
 from diffusers_pq.training.losses import load_perceptual_loss
-from diffusers_pq.training.run import TrainingRun, create_accelerator, dry_run
+from diffusers_pq.training.run import TrainingRun, build_lr_scheduler, create_accelerator, dry_run
 from diffusers_pq.training.trainer import AutoencoderLoss, AutoencoderTrainer, LossWeights
 from diffusers_pq.training.uploads import BestModel
 from diffusers_pq.training.validation import ReconstructionValidation, ema_weights
@@ -252,9 +251,7 @@ def build_validation(args, accelerator, perceptual_loss):
 def build_trainer(args, accelerator, model, perceptual_loss):
     def optimiser(module, rate):
         adam = torch.optim.Adam(module.parameters(), rate, betas=(args.adam_beta1, args.adam_beta2), fused=True)
-        # The schedulers of accelerate take one step per process at each optimisation step.
-        warm_up, steps = (count * accelerator.num_processes for count in (args.lr_warmup_steps, args.max_train_steps))
-        return adam, get_scheduler(args.lr_scheduler, adam, num_warmup_steps=warm_up, num_training_steps=steps)
+        return adam, build_lr_scheduler(args, adam, accelerator.num_processes)
 
     model, optimizer, lr_scheduler = accelerator.prepare(model, *optimiser(model, args.learning_rate))
     discriminator = build_discriminator(args)

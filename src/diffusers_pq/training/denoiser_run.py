@@ -13,7 +13,6 @@ import datasets
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
@@ -22,7 +21,7 @@ from .denoising import DenoiserTrainer, Stage, find_stage
 from .latent_cache import load_cached_codes
 from .latents import channel_weights, encode_latents, scale_latents, set_latent_statistics
 from .loaders import build_train_loader, change_data, first_batches
-from .run import TrainingRun, dry_run
+from .run import TrainingRun, build_lr_scheduler, dry_run
 from .validation import DenoisingValidation, ema_weights
 
 
@@ -233,9 +232,7 @@ def _build_trainer(args, accelerator, task) -> DenoiserTrainer:
 
 def _build_lr_scheduler(args, stages, optimizer, num_processes):
     """`--lr_scheduler` over the whole run, times each stage's learning rate."""
-    # The schedulers of accelerate take one step per process at each optimisation step.
-    warm_up, steps = args.lr_warmup_steps * num_processes, args.max_train_steps * num_processes
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=warm_up, num_training_steps=steps)
+    lr_scheduler = build_lr_scheduler(args, optimizer, num_processes)
     (whole_run,) = lr_scheduler.lr_lambdas
     first = stages[0].learning_rate
 

@@ -18,6 +18,7 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.optimization import get_scheduler
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
@@ -55,6 +56,15 @@ def create_accelerator(args: argparse.Namespace, kwargs_handlers: list | None = 
         logging.getLogger().setLevel(logging.WARNING)
     set_seed(args.seed)
     return accelerator
+
+
+def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, num_processes: int):
+    """`--lr_scheduler` over the whole run, after `--lr_warmup_steps`, for [`Accelerator.prepare`]."""
+    # diffusers' "constant" passes over the warm-up without a word; its sibling without one is the same.
+    name = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
+    # The schedulers of accelerate take one step per process at each optimisation step.
+    warm_up, steps = args.lr_warmup_steps * num_processes, args.max_train_steps * num_processes
+    return get_scheduler(name, optimizer, num_warmup_steps=warm_up, num_training_steps=steps)
 
 
 class TrainingRun:
