@@ -64,14 +64,14 @@ train-mini: install data/debian-tiles
 
 # How the codebooks of `make sweep-mini` start: normal, as in the paper, or kmeans.
 START ?= normal
-SWEEP = OMP_NUM_THREADS=1 $(BIN)/python training_scripts/sweep_pqgan.py --output_dir runs/sweep_$(START) \
+SWEEP = OMP_NUM_THREADS=1 $(BIN)/python experiments/sweep_pqgan.py --output_dir runs/sweep_$(START) \
 	--config training_scripts/recipes/pqgan-mini-sweep.yaml --codebook_init $(START) \
 	--latent_channels 8 16 32 64 --codebook_size 128 512 --evaluation "--resolution 128 --dataloader_num_workers 0"
 
 # Two workers, some half an hour on 2 cores.
 sweep-mini: install data/debian-tiles
 	$(SWEEP) & other=$$!; $(SWEEP); status=$$?; wait $$other && exit $$status
-	$(BIN)/python benchmarks/sweep_figures.py runs/sweep_$(START)
+	$(BIN)/python experiments/sweep_figures.py runs/sweep_$(START)
 
 data/stamps: | install
 	$(BIN)/diffusers-pq prepare-data $@ --packages tuxpaint-stamps-default --pad-to-square --short-side 192
@@ -100,7 +100,7 @@ train-pqsd-mini: install data/stamps data/stamps-codes runs/sd-mini-untrained
 		--stages "64:7500:5e-4:all 64:10500:1e-4:all"
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-copy_scaled --unet_init copy_scaled $(TWO_STAGES) --max_train_steps 800
 	$(ADAPT_PQSD) --output_dir runs/pqsd-mini-zero --unet_init zero $(TWO_STAGES) --max_train_steps 800
-	$(BIN)/python benchmarks/adaptation.py --runs copy=runs/pqsd-mini copy_scaled=runs/pqsd-mini-copy_scaled \
+	$(BIN)/python experiments/adaptation.py --runs copy=runs/pqsd-mini copy_scaled=runs/pqsd-mini-copy_scaled \
 		zero=runs/pqsd-mini-zero random=runs/pqsd-mini-random
 
 # Table 5 in small: class-conditional latent diffusion of stamps on the latents of a mini model.
@@ -114,6 +114,6 @@ benchmarks: install data/debian-tiles
 	$(BIN)/pip install --quiet -e ".[benchmark]"
 	$(BIN)/python benchmarks/quantizer_speed.py
 	$(BIN)/python benchmarks/model_speed.py
-	$(BIN)/python benchmarks/training_speed.py
-	$(BIN)/python benchmarks/rate_distortion.py
+	$(BIN)/python experiments/training_speed.py
+	$(BIN)/python experiments/rate_distortion.py
 	$(BIN)/python benchmarks/generation_speed.py

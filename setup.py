@@ -62,12 +62,15 @@ setup(
     python_requires=">=3.10",
     packages=[
         "diffusers_pq",
+        "diffusers_pq.data",
+        "diffusers_pq.evaluation",
+        "diffusers_pq.hub",
         "diffusers_pq.models",
         "diffusers_pq.training",
         "diffusers_pq.pipelines",
     ],
     package_dir={"diffusers_pq": "src/diffusers_pq", "diffusers_pq.pipelines": "pipelines"},
-    package_data={"diffusers_pq": ["model_card_template.md"]},
+    package_data={"diffusers_pq.hub": ["model_card_template.md"]},
     install_requires=[
         *(package + versions for package, versions in supported.items()),
         "accelerate>=1.6",

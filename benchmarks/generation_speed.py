@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from diffusers_pq import PQModel, widen_unet
 from diffusers_pq.files import write_json
-from diffusers_pq.profiling import describe_machine, measure_peak_bytes, measure_seconds
+from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 
 
 # Of Stable Diffusion 2.1, but for the channels of the latents.

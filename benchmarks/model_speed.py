@@ -18,12 +18,12 @@ from PIL.Image import Resampling
 from tqdm import tqdm
 
 from diffusers_pq import PQModel
+from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.images import to_tensor, to_uint8
+from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 from diffusers_pq.metrics import psnr
 from diffusers_pq.models import autoencoder_pq
 from diffusers_pq.photographs import load_photographs
-from diffusers_pq.profiling import describe_machine, measure_peak_bytes, measure_seconds
-from diffusers_pq.training.autoencoders import load_autoencoder
 
 
 # On a CPU PQModel takes the channels_last layout by default; "contiguous" is without.

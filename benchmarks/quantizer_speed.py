@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from diffusers_pq import PQModel, ProductQuantizer
+from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 from diffusers_pq.models import search
-from diffusers_pq.profiling import describe_machine, measure_peak_bytes, measure_seconds
 
 
 # (d, S, K) of the paper's models and around them, and latent pixels N: 32 x 32 and 96 x 96.

@@ -16,11 +16,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_pq.autoencoders import decode_latents, downsampling_factor
 from diffusers_pq.models.autoencoder_pq import PQModel
 from diffusers_pq.models.class_conditioning import num_classes, predict
-from diffusers_pq.pipelines.latents import ImportedByCodeMixin
-from diffusers_pq.training.autoencoders import downsampling_factor
-from diffusers_pq.training.latents import decode_latents
+from diffusers_pq.pipelines.pq_mixin import ImportedByCodeMixin
 
 
 class LatentDiffusionPQPipeline(ImportedByCodeMixin, DiffusionPipeline):

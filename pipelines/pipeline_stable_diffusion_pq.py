@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 from diffusers_pq.models.autoencoder_pq import PQModel
 from diffusers_pq.models.widening import widen_unet
-from diffusers_pq.pipelines.latents import ACCEPTED_SIZE, PQLatentsMixin
+from diffusers_pq.pipelines.pq_mixin import ACCEPTED_SIZE, PQLatentsMixin
 
 
 class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):

@@ -8,7 +8,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_pq.pipelines.latents import PQLatentsMixin
+from diffusers_pq.pipelines.pq_mixin import PQLatentsMixin
 
 
 class StableDiffusionPQImg2ImgPipeline(PQLatentsMixin, StableDiffusionImg2ImgPipeline):

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
-from diffusers_pq.pipelines.latents import ACCEPTED_SIZE, PQLatentsMixin
+from diffusers_pq.pipelines.pq_mixin import ACCEPTED_SIZE, PQLatentsMixin
 
 
 class StableDiffusionPQInpaintPipeline(PQLatentsMixin, StableDiffusionInpaintPipeline):

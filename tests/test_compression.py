@@ -15,16 +15,16 @@ from diffusers import AutoencoderKL
 from scripts import run_script
 
 from diffusers_pq import PQModel
+from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.cli import main
 from diffusers_pq.compression import compress_picture, decompress_picture, pack_codes, unpack_codes
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.metrics import psnr
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import reconstruct_picture
-from diffusers_pq.training.autoencoders import load_autoencoder
 
 
-RATE_DISTORTION = Path(__file__).parent.parent / "benchmarks" / "rate_distortion.py"
+RATE_DISTORTION = Path(__file__).parent.parent / "experiments" / "rate_distortion.py"
 MEASURES = ("psnr", "ssim")
 SIZE = (45, 31)  # 12 x 8 latent pixels at F = 4
 FILE_OF_VERSION_1 = (

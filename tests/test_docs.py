@@ -25,9 +25,9 @@ from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 import diffusers_pq
+from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.cli import _build_parser, main
-from diffusers_pq.training.autoencoders import load_autoencoder
-from diffusers_pq.training.scratch import create_stable_diffusion, train_clip_tokenizer
+from diffusers_pq.training.stable_diffusion import create_stable_diffusion, train_clip_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ def folder_of(tmp_path_factory, pipelines):
         folder = tmp_path_factory.mktemp("page")
         PIL.Image.fromarray(coffee()).crop((0, 0, 203, 150)).save(folder / "photo.jpg")
         (folder / "runs").symlink_to(pipelines)
-        for name in ("model_cards", "training_scripts", "benchmarks"):
+        for name in ("model_cards", "training_scripts", "benchmarks", "experiments"):
             (folder / name).symlink_to(ROOT / name)
         return folder
 

@@ -18,9 +18,9 @@ from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.reconstruction import reconstruct_picture
-from diffusers_pq.training.autoencoders import load_autoencoder
-from diffusers_pq.training.scratch import create_stable_diffusion, train_clip_tokenizer
+from diffusers_pq.training.stable_diffusion import create_stable_diffusion, train_clip_tokenizer
 
 
 pytest.importorskip("gradio", reason='The Space is not installed: pip install -e ".[space]"')

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from diffusers_pq.training.autoencoders import load_autoencoder
-from diffusers_pq.training.data import load_images
-from diffusers_pq.training.scratch import create_stable_diffusion, train_clip_tokenizer
+from diffusers_pq.autoencoders import load_autoencoder
+from diffusers_pq.data.pictures import load_images
+from diffusers_pq.training.stable_diffusion import create_stable_diffusion, train_clip_tokenizer
 
 
 def parse_args(argv=None):

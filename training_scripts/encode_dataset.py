@@ -12,9 +12,9 @@ import argparse
 
 from accelerate import Accelerator
 
-from diffusers_pq.training.autoencoders import load_pq_model
-from diffusers_pq.training.data import ConditionedCrops, load_images
-from diffusers_pq.training.latent_cache import encode_dataset
+from diffusers_pq.autoencoders import load_pq_model
+from diffusers_pq.data.latent_cache import encode_dataset
+from diffusers_pq.data.pictures import ConditionedCrops, load_images
 
 
 def parse_args(argv=None):

@@ -14,9 +14,9 @@ import json
 
 from accelerate import Accelerator
 
-from diffusers_pq.evaluation import EvaluationData
-from diffusers_pq.generation import Sampling, run_generation_evaluation
-from diffusers_pq.training.arguments import add_evaluation_data_arguments
+from diffusers_pq.evaluation.generation import Sampling, run_generation_evaluation
+from diffusers_pq.evaluation.reconstruction import EvaluationData
+from diffusers_pq.training.options import add_evaluation_data_arguments
 
 
 def parse_args(argv=None):

@@ -22,10 +22,10 @@ import argparse
 
 from accelerate import Accelerator
 
-from diffusers_pq.evaluation import RESIZE_MODES, EvaluationData, run_evaluation, write_table
+from diffusers_pq.evaluation.reconstruction import RESIZE_MODES, EvaluationData, run_evaluation, write_table
+from diffusers_pq.evaluation.systems import SYSTEMS, systems_table
 from diffusers_pq.metrics import METRICS
-from diffusers_pq.systems import SYSTEMS, systems_table
-from diffusers_pq.training.arguments import add_evaluation_data_arguments
+from diffusers_pq.training.options import add_evaluation_data_arguments
 
 
 def parse_args(argv=None):

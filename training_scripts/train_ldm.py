@@ -17,22 +17,15 @@ from pathlib import Path
 from accelerate.utils import DistributedType
 
 from diffusers_pq import LatentDiffusionPQPipeline
+from diffusers_pq.autoencoders import downsampling_factor
+from diffusers_pq.data.pictures import ClassLabels, class_names
+from diffusers_pq.evaluation.systems import load_pretrained
 from diffusers_pq.models.class_conditioning import (
     create_class_conditional_denoiser,
     num_classes,
     token_dimension,
 )
-from diffusers_pq.systems import load_pretrained
-from diffusers_pq.training.arguments import (
-    add_data_arguments,
-    add_denoising_arguments,
-    add_optimisation_arguments,
-    add_run_arguments,
-    parse_args_with_recipe,
-)
-from diffusers_pq.training.autoencoders import downsampling_factor
-from diffusers_pq.training.data import ClassLabels, class_names
-from diffusers_pq.training.denoiser_run import (
+from diffusers_pq.training.denoiser import (
     DenoiserTask,
     check_resolution,
     load_train_split,
@@ -41,7 +34,14 @@ from diffusers_pq.training.denoiser_run import (
     saved_autoencoder,
     train_denoiser,
 )
-from diffusers_pq.training.denoising import ClassConditionalDenoiser, Stage
+from diffusers_pq.training.noise import ClassConditionalDenoiser, Stage
+from diffusers_pq.training.options import (
+    add_data_arguments,
+    add_denoising_arguments,
+    add_optimisation_arguments,
+    add_run_arguments,
+    parse_args_with_recipe,
+)
 from diffusers_pq.training.run import TrainingRun, create_accelerator, whole_module
 from diffusers_pq.training.schedules import create_scheduler, latent_shift
 from diffusers_pq.training.uploads import BestModel

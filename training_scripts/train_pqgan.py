@@ -19,30 +19,30 @@ from accelerate.utils import DistributedType, broadcast
 from diffusers.training_utils import EMAModel
 
 from diffusers_pq import PatchDiscriminator
-from diffusers_pq.metrics import WeightsUnavailableError, load_lpips
-from diffusers_pq.training.arguments import (
-    add_data_arguments,
-    add_optimisation_arguments,
-    add_run_arguments,
-    parse_args_with_recipe,
-    positive,
-)
-from diffusers_pq.training.autoencoders import (
+from diffusers_pq.autoencoders import (
     ReconstructionModel,
     create_autoencoder,
     downsampling_factor,
     load_autoencoder,
 )
+from diffusers_pq.data.loaders import build_train_loader, first_batches
+from diffusers_pq.data.pictures import RandomCrops, load_images, usable_rows
+from diffusers_pq.metrics import WeightsUnavailableError, load_lpips
 from diffusers_pq.training.codebooks import DeadEntryReseeder, EMACodebooks
-from diffusers_pq.training.data import RandomCrops, load_images, usable_rows
 from diffusers_pq.training.initialisation import (
     collect_latents,
     copy_matching_weights,
     kmeans_codebooks,
     pca_init,
 )
-from diffusers_pq.training.loaders import build_train_loader, first_batches
 from diffusers_pq.training.losses import load_perceptual_loss
+from diffusers_pq.training.options import (
+    add_data_arguments,
+    add_optimisation_arguments,
+    add_run_arguments,
+    parse_args_with_recipe,
+    positive,
+)
 from diffusers_pq.training.run import TrainingRun, build_lr_scheduler, create_accelerator, dry_run
 from diffusers_pq.training.trainer import AutoencoderLoss, AutoencoderTrainer, LossWeights
 from diffusers_pq.training.uploads import BestModel

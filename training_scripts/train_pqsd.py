@@ -16,16 +16,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 
 from diffusers_pq import PQModel, StableDiffusionPQPipeline, widen_unet
-from diffusers_pq.training.arguments import (
-    add_data_arguments,
-    add_denoising_arguments,
-    add_optimisation_arguments,
-    add_run_arguments,
-    parse_args_with_recipe,
-)
-from diffusers_pq.training.autoencoders import downsampling_factor, load_autoencoder
-from diffusers_pq.training.data import Prompts
-from diffusers_pq.training.denoiser_run import (
+from diffusers_pq.autoencoders import downsampling_factor, load_autoencoder
+from diffusers_pq.data.pictures import Prompts
+from diffusers_pq.training.denoiser import (
     DenoiserTask,
     check_resolution,
     paint_each,
@@ -33,7 +26,14 @@ from diffusers_pq.training.denoiser_run import (
     saved_autoencoder,
     train_denoiser,
 )
-from diffusers_pq.training.denoising import ConditionalDenoiser, Stage, save_lora
+from diffusers_pq.training.noise import ConditionalDenoiser, Stage, save_lora
+from diffusers_pq.training.options import (
+    add_data_arguments,
+    add_denoising_arguments,
+    add_optimisation_arguments,
+    add_run_arguments,
+    parse_args_with_recipe,
+)
 from diffusers_pq.training.run import TrainingRun, create_accelerator, whole_module
 from diffusers_pq.training.schedules import adapt_schedule, latent_shift
 from diffusers_pq.training.uploads import BestModel

@@ -14,7 +14,7 @@ from mkdocs.structure.pages import Page
 
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = ("README.md", "training_scripts/README.md", "benchmarks/README.md")
+PAGES = ("README.md", "training_scripts/README.md", "benchmarks/README.md", "experiments/README.md")
 
 _LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
 

@@ -10,12 +10,12 @@ import PIL.ImageOps
 import torch
 
 from diffusers_pq import StableDiffusionPQPipeline
+from diffusers_pq.autoencoders import downsampling_factor, load_autoencoder
+from diffusers_pq.figures import code_map, enlarged_detail
 from diffusers_pq.images import load_image
 from diffusers_pq.metrics import CodebookUsage
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import PictureReconstruction, reconstruct_picture
-from diffusers_pq.training.autoencoders import downsampling_factor, load_autoencoder
-from diffusers_pq.visualisation import code_map, enlarged_detail
 
 
 MODEL_CARDS = Path(__file__).resolve().parents[2] / "model_cards"

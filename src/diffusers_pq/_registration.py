@@ -6,7 +6,7 @@ diffusers only loads (and, from the Hub, only downloads) components whose librar
 waits until somebody imports it: `import diffusers_pq` alone stays light.
 
 The module of `PQModel` is registered as well: our pipelines look the class up there (see
-`diffusers_pq.pipelines.latents`).
+`diffusers_pq.pipelines.pq_mixin`).
 """
 
 import importlib.abc

@@ -77,9 +77,9 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _reconstruct(args):
+    from .autoencoders import load_autoencoder
     from .images import load_image, save_image
     from .reconstruction import reconstruct_picture
-    from .training.autoencoders import load_autoencoder
 
     picture = load_image(args.picture)
     model = load_autoencoder(args.model).to(args.device)
@@ -127,7 +127,7 @@ def _widen_unet(args):
 
 
 def _render_cards(args):
-    from .cards import CardRepository
+    from .hub.cards import CardRepository
 
     repository = CardRepository(args.folder)
     for name in repository.names():
@@ -135,7 +135,7 @@ def _render_cards(args):
 
 
 def _push(args):
-    from .hub import push_folder
+    from .hub.push import push_folder
 
     print(push_folder(args.folder, args.repo_id, args.private, args.revision, args.token))
 
@@ -151,11 +151,11 @@ def _convert(args):
 
 
 def _compress(args):
+    from .autoencoders import load_autoencoder
     from .compression import compress_picture, decompress_picture
     from .files import replacing
     from .images import load_image, to_tensor, to_uint8
     from .metrics import psnr
-    from .training.autoencoders import load_autoencoder
 
     picture = load_image(args.picture)
     model = load_autoencoder(args.model).to(args.device)
@@ -168,9 +168,9 @@ def _compress(args):
 
 
 def _decompress(args):
+    from .autoencoders import load_autoencoder
     from .compression import decompress_picture
     from .images import save_image
-    from .training.autoencoders import load_autoencoder
 
     data = args.file.read_bytes()
     model = load_autoencoder(args.model).to(args.device)

@@ -8,10 +8,10 @@ import torch
 import torch.nn as nn
 from diffusers import VQModel
 
+from .autoencoders import downsampling_factor
 from .images import pad_to_multiple, to_pil, to_tensor, to_uint8
 from .metrics import CodebookUsage, bits_per_pixel, psnr, ssim
 from .models.autoencoder_pq import PQModel
-from .training.autoencoders import downsampling_factor
 
 
 @dataclass

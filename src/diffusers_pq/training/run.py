@@ -22,8 +22,8 @@ from diffusers.optimization import get_scheduler
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from ..cards import build_card, hub_id, save_card
-from ..profiling import describe_machine, measure_peak_bytes, measure_seconds
+from ..hub.cards import build_card, hub_id, save_card
+from ..measuring import describe_machine, measure_peak_bytes, measure_seconds
 from .checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
 from .uploads import BestModel, HubUploads
 

@@ -9,9 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from ..autoencoders import Reconstruction, ReconstructionModel
 from ..images import to_uint8
 from ..metrics import CodebookUsage, psnr
-from .autoencoders import Reconstruction, ReconstructionModel
 from .codebooks import DeadEntryReseeder, EMACodebooks
 from .losses import adaptive_weight, hinge_discriminator_loss
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from ..hub import NOT_UPLOADED
+from ..hub.push import NOT_UPLOADED
 
 
 logger = logging.getLogger(__name__)

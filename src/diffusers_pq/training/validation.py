@@ -13,12 +13,11 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
+from ..autoencoders import ReconstructionModel, encode_latents, scale_latents
+from ..data.pictures import CentreCrops
 from ..images import to_uint8
 from ..metrics import LPIPS, PSNR, SSIM, CodebookUsage
-from .autoencoders import ReconstructionModel
-from .data import CentreCrops
-from .denoising import denoising_loss
-from .latents import encode_latents, scale_latents
+from .noise import denoising_loss
 
 
 PREVIEWS = 8  # pictures that are logged

@@ -1,0 +1,231 @@
+#!/usr/bin/env python
+"""The bottlenecks of Table 1 (VQ, multi-channel, residual, scalar, FSQ, KL, none, PQ) on one backbone, with the same
+data, crops, start and steps.
+
+    python experiments/quantizer_comparison.py          # some 90 minutes on one core; goes on where it was interrupted
+
+In two processes at a time (45 minutes on 2 cores, with OMP_NUM_THREADS=1), into one table:
+
+    python experiments/quantizer_comparison.py --bottlenecks vq multi_channel residual scalar &
+    python experiments/quantizer_comparison.py --bottlenecks fsq kl none pq
+
+Flags after `--` are those of train_pqgan.py for all runs, instead of the default (the recipe of the mini models, 600
+steps). So on GPUs, with the paper's losses:
+
+    accelerate launch experiments/quantizer_comparison.py --model_config model_cards/pqgan-f8/config.json \\
+        --vq_codebook_size 16384 --runs_dir runs/comparison-f8 -- \\
+        --config training_scripts/recipes/pqgan-f8.yaml --max_train_steps 200000
+
+Several processes end with each training, since their group does: start them again to evaluate it and to go on.
+
+Every trained model is evaluated on the `validation` split and on the held-out photographs. Writes
+quantizer_comparison.json and .md.
+"""
+
+import argparse
+import datetime
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from bottlenecks import BOTTLENECKS, create_bottleneck, fit_quantizer, load_bottleneck
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
+from diffusers_pq import PQModel
+from diffusers_pq.autoencoders import ReconstructionModel
+from diffusers_pq.evaluation.reconstruction import (
+    EvaluationData,
+    check_settings,
+    describe_latents,
+    evaluate_autoencoder,
+)
+from diffusers_pq.files import write_json, write_text
+from diffusers_pq.images import to_tensor, to_uint8
+from diffusers_pq.measuring import describe_machine
+from diffusers_pq.metrics import METRICS, load_metrics
+from diffusers_pq.photographs import load_photographs
+from diffusers_pq.reconstruction import reconstruct_picture
+from diffusers_pq.training.initialisation import collect_latents, copy_matching_weights
+
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ("--config", str(ROOT / "training_scripts" / "recipes" / "pqgan-mini.yaml"), "--max_train_steps", "600")
+# Six pictures are too few for the distances between distributions.
+PHOTOGRAPH_METRICS = ("psnr", "ssim", "lpips_alex")
+SETTINGS = ("resolution", "train_batch_size", "max_train_steps", "learning_rate", "weight_init", "codebook_init")
+SETTINGS += ("perceptual_weight", "discriminator_weight", "kl_weight", "seed", "dataset_name", "train_data_dir")
+# Flags that not all bottlenecks know.
+NOT_FOR_ALL = ("codebook_distance", "gradient_estimator", "codebook_ema_decay", "reseed_dead_entries")
+NOT_FOR_ALL += ("quantize_from_step", "backbone_name_or_path", "pretrained_model_name_or_path")
+COLUMNS = {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".3f"), "lpips_alex": ("LPIPS", ".4f")}
+COLUMNS |= {"rfid": ("rFID", ".3g"), "cmmd": ("CMMD", ".3g"), "H_n": ("H_n", ".3f"), "P_n": ("P_n", ".3f")}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bottlenecks", nargs="+", choices=BOTTLENECKS, default=list(BOTTLENECKS))
+    parser.add_argument(
+        "--model_config",
+        default=str(ROOT / "model_cards" / "pqgan-mini-f8-pq" / "config.json"),
+        help="config.json of a PQModel, which gives backbone, d, S and K",
+    )
+    parser.add_argument("--vq_codebook_size", type=int, default=1024, help="K of the vector quantiser")
+    parser.add_argument("--eval_resolution", type=int, default=256, help="side of the validation pictures' crops")
+    parser.add_argument("--max_eval_samples", type=int, help="only the first validation pictures")
+    parser.add_argument("--runs_dir", type=Path, default=ROOT / "runs" / "quantizer_comparison")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "experiments" / "results")
+    parser.add_argument("flags", nargs="*", default=RECIPE, help="flags of train_pqgan.py, after --")
+    return parser.parse_args(argv)
+
+
+def build_model(train_pqgan, name, config, args, train_args):
+    """A model that starts from the same crops as all others, as the flags say."""
+    train_images = train_pqgan["load_split"](train_args, "train")
+    autoencoder = create_bottleneck(name, config, args.vq_codebook_size)
+    torch.manual_seed(train_args.seed)
+    copy_matching_weights(autoencoder, PQModel.from_config(config))  # encoder and decoder
+    if train_args.weight_init == "pca":
+        train_pqgan["fit_to_images"](train_args, autoencoder, train_images)
+    if train_args.codebook_init == "kmeans" and name not in ("kl", "none"):
+        # The same number for all, that of the one with the most entries.
+        wanted = train_args.kmeans_vectors_per_entry * max(config["codebook_size"], args.vq_codebook_size)
+        crops = train_pqgan["first_crops"](train_args, train_images)
+        fit_quantizer(autoencoder.quantizer, collect_latents(autoencoder, crops, wanted))
+    return ReconstructionModel(autoencoder)
+
+
+def train(train_pqgan, name, config, args, train_args):
+    start = argparse.Namespace(**vars(train_args))
+    # `build_model` has seen to the start, so that it is one for all.
+    train_args.weight_init, train_args.codebook_init = "default", "normal"
+    if name == "none":
+        train_args.quantize_from_step = train_args.max_train_steps
+    train_pqgan["main"](train_args, lambda _: build_model(train_pqgan, name, config, args, start))
+
+
+def evaluate_validation(accelerator, model, args, train_args):
+    data = EvaluationData(
+        dataset_name=train_args.dataset_name,
+        data_dir=train_args.train_data_dir,
+        dataset_config_name=train_args.dataset_config_name,
+        image_column=train_args.image_column,
+        resolution=args.eval_resolution,
+        max_samples=args.max_eval_samples,
+    )
+    share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+    options = {"streaming": train_args.streaming, "cache_dir": train_args.cache_dir}
+    loader = data.loader(train_args.train_batch_size, **options, **share)
+    metrics, unavailable = load_metrics(tuple(METRICS))
+    scores, pictures = evaluate_autoencoder(accelerator, model, loader, metrics)
+    return {"pictures": pictures, "scores": scores, "unavailable": unavailable}
+
+
+def evaluate_photographs(model):
+    metrics, unavailable = load_metrics(PHOTOGRAPH_METRICS)
+    metrics.to(model.device)
+    for original in load_photographs().values():
+        reconstructed = reconstruct_picture(model, original).picture
+        metrics.update(*(to_uint8(to_tensor(p))[None].to(model.device) for p in (reconstructed, original)))
+    scores = {name: float(score) for name, score in metrics.compute().items()}
+    return {"pictures": len(load_photographs()), "scores": scores, "unavailable": unavailable}
+
+
+def run_bottleneck(train_pqgan, name, config, args):
+    folder = args.runs_dir / name
+    flags = [*args.flags, "--model_config_name_or_path", args.model_config, "--output_dir", str(folder)]
+    train_args = train_pqgan["parse_args"](flags)
+    usual = train_pqgan["parse_args"](["--model_config_name_or_path", args.model_config])
+    if given := [flag for flag in NOT_FOR_ALL if getattr(train_args, flag) != getattr(usual, flag)]:
+        raise ValueError(f"Not all bottlenecks know --{', --'.join(given)}: leave it out.")
+    settings = {key: getattr(train_args, key) for key in SETTINGS}
+    settings |= {key: getattr(args, key) for key in ("vq_codebook_size", "eval_resolution", "max_eval_samples")}
+    settings["model_config"] = {key: value for key, value in config.items() if not key.startswith("_")}
+    for path in args.runs_dir.glob("*/settings.json"):
+        check_settings(json.loads(path.read_text()), settings, path.parent)
+    if (folder / "results.json").is_file():
+        return
+    if PartialState().is_main_process:
+        write_json(folder / "settings.json", settings)
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        train(train_pqgan, name, config, args, train_args)
+        if PartialState().num_processes > 1:
+            sys.exit(f"{name} is trained. Start the same command again to go on.")
+    accelerator = Accelerator()
+    model = load_bottleneck(name, folder, config, args.vq_codebook_size).to(accelerator.device)
+    result = {
+        "name": name,
+        "latents": describe_latents(model, args.eval_resolution),
+        "validation": evaluate_validation(accelerator, model, args, train_args),
+        "photographs": evaluate_photographs(model),
+        "settings": settings,
+        "date": datetime.date.today().isoformat(),
+        "machine": describe_machine(accelerator.device.type),
+    }
+    if accelerator.is_main_process:
+        write_json(folder / "results.json", result)
+    accelerator.wait_for_everyone()
+
+
+def read_results(runs_dir):
+    """Of all finished runs, those of other processes included, in the order of `BOTTLENECKS`."""
+    paths = (runs_dir / name / "results.json" for name in BOTTLENECKS)
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+
+
+def cell(scores, key, spec):
+    return format(scores[key], spec) if key in scores else "-"
+
+
+def markdown_table(results):
+    settings = results[0]["settings"]
+    data = Path(settings["dataset_name"] or settings["train_data_dir"]).name
+    names = [name for name in COLUMNS if any(name in result["validation"]["scores"] for result in results)]
+    photo_names = [name for name in names if name in PHOTOGRAPH_METRICS]
+    head = ["bottleneck", "d", "S", "K", "bits per latent pixel", "bits per pixel"]
+    head += [f"photographs: {COLUMNS[name][0]}" for name in photo_names]
+    head += [f"validation: {COLUMNS[name][0]}" for name in names]
+    lines = [head, ["---"] * len(head)]
+    for result in results:
+        latents, scores = result["latents"], result["validation"]["scores"]
+        line = [BOTTLENECKS[result["name"]], latents["latent_channels"]]
+        line += [latents.get("num_subspaces", "-"), latents.get("codebook_size", "-")]
+        bits = latents["bits_per_pixel"]
+        line += [f"{bits * latents['downsampling_factor'] ** 2:g}", f"{bits:.3g}"]
+        line += [cell(result["photographs"]["scores"], name, COLUMNS[name][1]) for name in photo_names]
+        line += [cell(scores, name, COLUMNS[name][1]) for name in names]
+        lines.append([str(entry) for entry in line])
+    first = results[0]
+    wanted = {name: weights for result in results for name, weights in result["validation"]["unavailable"].items()}
+    return "\n".join(
+        [
+            f"`experiments/quantizer_comparison.py`, {max(result['date'] for result in results)}, {first['machine']}: "
+            f"{settings['max_train_steps']} steps of {settings['train_batch_size']} crops of "
+            f"{settings['resolution']} px of {data} for each; means over {first['photographs']['pictures']} whole "
+            f"photographs that were never trained on and {first['validation']['pictures']} validation pictures of "
+            f"{settings['eval_resolution']} px.",
+            "",
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+            *(f"- Unavailable: {name}, which needs {weights}" for name, weights in wanted.items()),
+        ]
+    )
+
+
+def main(args):
+    train_pqgan = runpy.run_path(str(ROOT / "training_scripts" / "train_pqgan.py"))
+    config = json.loads(Path(args.model_config).read_text())
+    for name in args.bottlenecks:
+        run_bottleneck(train_pqgan, name, config, args)
+        if PartialState().is_main_process:
+            results = read_results(args.runs_dir)
+            write_json(args.output_dir / "quantizer_comparison.json", results)
+            write_text(args.output_dir / "quantizer_comparison.md", markdown_table(results).rstrip() + "\n")
+    if PartialState().is_main_process:
+        print(markdown_table(results))
+
+
+if __name__ == "__main__":
+    main(parse_args())

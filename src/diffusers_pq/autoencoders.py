@@ -1,0 +1,237 @@
+"""One view on any image autoencoder of diffusers: loading it, and pictures as a denoiser sees them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from diffusers import AutoencoderKL
+
+from .models.autoencoder_pq import PQModel
+
+
+AUTOENCODERS = {"PQModel": PQModel, "AutoencoderKL": AutoencoderKL}
+
+
+@dataclass
+class Reconstruction:
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(B, 3, H, W)`): The reconstruction, about [-1, 1].
+        regularisation (`torch.Tensor`, scalar): Codebook and commitment loss of Eq. 1, or the KL divergence.
+        codes (`torch.LongTensor` of shape `(B, S, h, w)`, *optional*): The codes, `None` without a quantiser.
+        latents (`torch.Tensor` of shape `(B, d, h, w)`, *optional*): z_e, detached, where there are codes.
+    """
+
+    sample: torch.Tensor
+    regularisation: torch.Tensor
+    codes: torch.LongTensor | None = None
+    latents: torch.Tensor | None = None
+
+
+def autoencoder_class(path_or_repo: str, **hub_kwargs) -> type:
+    """
+    The class named in a model's `config.json`.
+
+    Raises:
+        ValueError: if it is not one of `AUTOENCODERS`.
+    """
+    config = PQModel.load_config(path_or_repo, **hub_kwargs)
+    name = config.get("_class_name")
+    if name not in AUTOENCODERS:
+        raise ValueError(f"{path_or_repo} holds a {name!r} in its config.json; known are {', '.join(AUTOENCODERS)}.")
+    return AUTOENCODERS[name]
+
+
+def load_autoencoder(path_or_repo: str, **hub_kwargs) -> nn.Module:
+    """
+    Load a trained autoencoder from a folder or the Hub, in eval mode.
+
+    Raises:
+        OSError: if there is no such model, or its weights file is damaged or no safetensors file.
+        ValueError: if the class is unknown or the weights do not fit the config.
+    """
+    return load_whole_model(autoencoder_class(path_or_repo, **hub_kwargs), path_or_repo, **hub_kwargs).eval()
+
+
+def load_whole_model(model_class: type, path_or_repo: str | os.PathLike, **hub_kwargs) -> nn.Module:
+    """
+    `from_pretrained` of a diffusers model that refuses what diffusers lets pass: pickles, which could run code, and
+    weights that are missing or left over, with a `ValueError`.
+    """
+    model, info = model_class.from_pretrained(
+        path_or_repo, use_safetensors=True, output_loading_info=True, **hub_kwargs
+    )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ValueError(
+            f"The weights of {path_or_repo} do not fit its config.json: missing {info['missing_keys']}, "
+            f"unexpected {info['unexpected_keys']}."
+        )
+    return model
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, which says whether two models are the same wherever they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_pq_model(path_or_repo: str, **hub_kwargs) -> PQModel:
+    """[`load_autoencoder`] for a model that must have codes; a `ValueError` names another class."""
+    model = load_autoencoder(path_or_repo, **hub_kwargs)
+    if not isinstance(model, PQModel):
+        raise ValueError(f"{path_or_repo} holds a {type(model).__name__}, which has no codes. Give a PQModel.")
+    return model
+
+
+def create_autoencoder(config_name_or_path: str, **overrides) -> nn.Module:
+    """A fresh autoencoder from a `config.json`, a folder or a Hub repository that holds one; overrides win over it."""
+    if config_name_or_path.endswith(".json"):
+        config = json.loads(Path(config_name_or_path).read_text(encoding="utf-8"))
+        if config.get("_class_name") not in AUTOENCODERS:
+            raise ValueError(f"{config_name_or_path} must name a `_class_name` out of {', '.join(AUTOENCODERS)}.")
+        return AUTOENCODERS[config["_class_name"]].from_config(config, **overrides)
+    model_class = autoencoder_class(config_name_or_path)
+    return model_class.from_config(model_class.load_config(config_name_or_path), **overrides)
+
+
+def downsampling_factor(model: nn.Module) -> int:
+    """F: the ratio of image side to latent side, of any image autoencoder of diffusers with levels."""
+    levels = model.config.get("block_out_channels") or model.config.encoder_block_out_channels
+    return 2 ** (len(levels) - 1)
+
+
+@torch.no_grad()
+def encode_latents(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """
+    Encode pictures.
+
+    Args:
+        vae: A [`PQModel`] or another image autoencoder of diffusers; a distribution of latents is sampled.
+        images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1], any float dtype.
+
+    Returns:
+        `torch.Tensor` of shape `(B, d, H/F, W/F)`, float32: of a `PQModel` the quantised latents.
+    """
+    images = images.to(vae.device, vae.dtype)
+    if isinstance(vae, PQModel):
+        return vae.quantize(vae.encode(images).latents).latents.float()
+    encoded = vae.encode(images)
+    if "latent_dist" in encoded:
+        return encoded.latent_dist.sample().float()
+    return (encoded.latents if "latents" in encoded else encoded.latent).float()
+
+
+def scale_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """What [`encode_latents`] returns as a denoiser sees it: normalised by the statistics in the config."""
+    if isinstance(vae, PQModel):
+        return vae.scale_latents(latents)
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
+def decode_latents(vae: nn.Module, latents: torch.Tensor, quantize: bool = True) -> torch.Tensor:
+    """
+    Pictures of what a denoiser makes, the inverse of [`encode_latents`] and [`scale_latents`].
+
+    Args:
+        vae: See [`encode_latents`].
+        latents (`torch.Tensor` of shape `(B, d, h, w)`): Normalised.
+        quantize (`bool`): Whether a [`PQModel`] snaps them to its codebooks first.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3, F*h, F*w)`, about [-1, 1].
+    """
+    latents = latents.to(vae.dtype)
+    if isinstance(vae, PQModel):
+        return vae.decode(vae.unscale_latents(latents), quantize=quantize).sample
+    return vae.decode(latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)).sample
+
+
+def channel_weights(vae: nn.Module, power: float) -> torch.Tensor | None:
+    """
+    Weights of the channels in a denoising loss, by how much the picture depends on them.
+
+    Normalisation brings all channels of a [`PQModel`] to variance 1, those that hardly change the picture too, and a
+    plain loss then spends a small denoiser on these. A channel's weight here is its standard deviation before
+    normalisation to the given power: 2 measures errors as unnormalised latents do.
+
+    Args:
+        vae: With the statistics of [`set_latent_statistics`].
+        power (`float`): 0 is the plain loss.
+
+    Returns:
+        `torch.Tensor` of shape `(d,)` and mean 1; `None` for equal weights, which an `AutoencoderKL` always has.
+    """
+    if power == 0 or not isinstance(vae, PQModel) or vae.config.latents_std is None:
+        return None
+    weights = torch.tensor(vae.config.latents_std) ** power
+    return weights / weights.mean()
+
+
+@torch.no_grad()
+def set_latent_statistics(vae: nn.Module, batches: Iterable[torch.Tensor]):
+    """
+    Set an autoencoder's config so that a denoiser sees latents of variance 1: mean and standard deviation of each
+    channel of a [`PQModel`] (its latents have many channels of unlike scale), `scaling_factor` of others.
+
+    Args:
+        vae: Changed in place.
+        batches (iterable of `torch.Tensor` of shape `(B, d, h, w)`): What [`encode_latents`] returns.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for latents in batches:
+        latents = latents.double()
+        count += latents[:, 0].numel()
+        total = total + latents.sum((0, 2, 3))
+        squares = squares + latents.square().sum((0, 2, 3))
+    mean = total / count
+    if isinstance(vae, PQModel):
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        std = torch.where(std > 1e-6, std, 1.0)  # a channel that never changes keeps its scale
+        vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
+    else:
+        variance = squares.sum() / (count * len(mean)) - mean.mean().square()
+        shift = {"shift_factor": None} if "shift_factor" in vae.config else {}
+        vae.register_to_config(**shift, scaling_factor=float(variance.rsqrt()))
+
+
+class ReconstructionModel(nn.Module):
+    """
+    Wraps an autoencoder so that one forward gives all that a training step needs; DDP then sees a single forward.
+
+    Args:
+        autoencoder: a [`PQModel`] or [`AutoencoderKL`].
+    """
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: torch.Tensor, quantize: bool = True) -> Reconstruction:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
+            quantize (`bool`): `False` decodes z_e itself, with a codebook loss of zero.
+        """
+        if isinstance(self.autoencoder, AutoencoderKL):
+            return self._reconstruct_kl(images)
+        latents = self.autoencoder.encode(images).latents
+        if not quantize:
+            sample = self.autoencoder.decode(latents, quantize=False).sample
+            # Zero, but touches the codebooks: every parameter of a DDP model must receive a gradient.
+            return Reconstruction(sample, 0.0 * self.autoencoder.quantizer.codebooks.sum())
+        quantized = self.autoencoder.quantize(latents)
+        sample = self.autoencoder.decode(quantized.latents, quantize=False).sample
+        return Reconstruction(sample, quantized.loss, quantized.codes, latents.detach())
+
+    def _reconstruct_kl(self, images: torch.Tensor) -> Reconstruction:
+        posterior = self.autoencoder.encode(images).latent_dist
+        latents = posterior.sample() if self.training else posterior.mode()
+        return Reconstruction(self.autoencoder.decode(latents).sample, posterior.kl().mean())

@@ -1,0 +1,1 @@
+"""Pictures, captions and classes: reading, cropping, loading, caching."""

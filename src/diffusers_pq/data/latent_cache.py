@@ -1,0 +1,183 @@
+"""A dataset's pictures, encoded once to packed codes, for the training of denoisers."""
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ..autoencoders import weights_digest
+from ..files import replacing
+from ..models.autoencoder_pq import PQModel
+from ..models.quantizer import bits_per_code
+from .loaders import BadImages
+from .pictures import BadImageError, ClassLabels, Prompts
+
+
+_INDEX = "latents.json"
+
+
+def pack_codes(codes: torch.LongTensor, codebook_size: int) -> bytes:
+    """Codes of any shape, in [0, K), as ceil(log2 K) bits each, the lowest bit first."""
+    bits = torch.arange(bits_per_code(codebook_size), device=codes.device)
+    return np.packbits((codes.flatten().unsqueeze(-1) >> bits & 1).to(torch.uint8).cpu().numpy()).tobytes()
+
+
+def unpack_codes(packed: bytes, shape: tuple[int, ...], codebook_size: int) -> torch.LongTensor:
+    """The inverse of [`pack_codes`]."""
+    bits, count = bits_per_code(codebook_size), math.prod(shape)
+    flat = torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=count * bits)).view(count, bits)
+    return (flat.long() << torch.arange(bits)).sum(-1).view(shape)
+
+
+@torch.no_grad()
+def encode_dataset(
+    vae: PQModel,
+    dataset: datasets.Dataset,
+    transform: Callable,
+    condition_column: str,
+    output_dir: str | os.PathLike,
+    accelerator: Accelerator,
+    batch_size: int = 8,
+    rows_per_shard: int = 1000,
+) -> dict[str, int]:
+    """
+    Write a dataset's codes and captions or classes as parquet shards to `<output_dir>/<resolution>`.
+
+    Shards are shared out among the processes. Each is written whole or not at all, and those that exist are left
+    alone: an interrupted run goes on where it was.
+
+    Args:
+        vae ([`PQModel`]): In eval mode, on the accelerator's device.
+        dataset (`datasets.Dataset`): See [`load_images`].
+        transform ([`ConditionedCrops`]): Makes the pictures; its crops are drawn once for all epochs.
+        condition_column (`str`): Kept beside the codes as it is.
+        output_dir: Of several resolutions of one dataset.
+        accelerator (`Accelerator`)
+        batch_size (`int`): Pictures that are encoded together.
+        rows_per_shard (`int`)
+
+    Returns:
+        `dict[str, int]`: Shards `written` by this process and pictures it `skipped` because they were bad.
+
+    Raises:
+        ValueError: if the folder holds codes of another model, of other crops, or of another number of rows.
+    """
+    folder = Path(output_dir) / str(transform.resolution)
+    index = _index(vae, transform.resolution) | {"rows": len(dataset), "rows_per_shard": rows_per_shard}
+    index |= {"center_crop": transform.center_crop, "random_flip": transform.random_flip}
+    index |= {"min_image_side": transform.min_image_side, "condition_column": condition_column}
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_index(folder / _INDEX, index)
+    accelerator.wait_for_everyone()
+    bad_images, written = BadImages(), 0
+    starts = range(0, len(dataset), rows_per_shard)
+    for number in tqdm(range(accelerator.process_index, len(starts), accelerator.num_processes), desc="Shards"):
+        path = folder / f"train-{number:05d}-of-{len(starts):05d}.parquet"
+        if path.is_file():
+            continue
+        rows = dataset.select(range(starts[number], min(starts[number] + rows_per_shard, len(dataset))))
+        shard = _encode_shard(vae, rows, starts[number], transform, condition_column, batch_size, bad_images)
+        with replacing(path) as unfinished:
+            shard.to_parquet(unfinished)
+        written += 1
+    return {"written": written, "skipped": int(bad_images.counts.sum())}
+
+
+def _encode_shard(vae, rows, first, transform, condition_column, batch_size, bad_images) -> datasets.Dataset:
+    pictures, conditions, packed = [], [], []
+
+    def encode_pictures():
+        batch = torch.stack(pictures).to(vae.device, vae.dtype)
+        packed.extend(pack_codes(codes, vae.config.codebook_size) for codes in vae.encode_codes(batch))
+        pictures.clear()
+
+    for number, row in enumerate(rows, first):
+        try:
+            pictures.append(transform.pixel_values(row, random.Random(number)))
+            conditions.append(row[condition_column])
+        except BadImageError as error:
+            bad_images.handle(error)
+        if len(pictures) == batch_size:
+            encode_pictures()
+    if pictures:
+        encode_pictures()
+    kept = rows.features[condition_column]
+    features = datasets.Features({"codes": datasets.Value("binary"), condition_column: kept})
+    return datasets.Dataset.from_dict({"codes": packed, condition_column: conditions}, features=features)
+
+
+@dataclass
+class CachedCodes:
+    """
+    Makes a training example of a cached row: `codes` `[S, h, w]` and `condition`.
+
+    Args:
+        shape (`tuple[int, int, int]`): S, h and w.
+        codebook_size (`int`): K.
+        condition ([`Prompts`] or [`ClassLabels`])
+    """
+
+    shape: tuple[int, int, int]
+    codebook_size: int
+    condition: Prompts | ClassLabels
+
+    def __call__(self, row: dict, generator: random.Random) -> dict[str, torch.Tensor]:
+        codes = unpack_codes(row["codes"], self.shape, self.codebook_size)
+        return {"codes": codes, "condition": self.condition(row, generator)}
+
+
+def load_cached_codes(
+    latents_dir: str | os.PathLike,
+    resolution: int,
+    vae: PQModel,
+    condition: Prompts | ClassLabels,
+    cache_dir: str | None = None,
+) -> tuple[datasets.Dataset, CachedCodes]:
+    """
+    The rows that [`encode_dataset`] wrote for a resolution, and the transform that makes examples of them.
+
+    Raises:
+        FileNotFoundError: if there are none, or shards are missing.
+        ValueError: if they are the codes of another model; the message says what differs.
+    """
+    folder = Path(latents_dir) / str(resolution)
+    if not (folder / _INDEX).is_file():
+        raise FileNotFoundError(f"`--latents_dir` {latents_dir} has no codes at {resolution} px: {folder / _INDEX}.")
+    index = json.loads((folder / _INDEX).read_text())
+    _check_index(_index(vae, resolution), index, folder)
+    shards = sorted(map(str, folder.glob("train-*.parquet")))
+    expected = math.ceil(index["rows"] / index["rows_per_shard"])
+    if len(shards) != expected:
+        raise FileNotFoundError(f"{folder} has {len(shards)} of {expected} shards: run the encoding to its end.")
+    side = resolution // vae.downsampling_factor
+    transform = CachedCodes((vae.config.num_subspaces, side, side), vae.config.codebook_size, condition)
+    return datasets.load_dataset("parquet", data_files=shards, split="train", cache_dir=cache_dir), transform
+
+
+def _index(vae: PQModel, resolution: int) -> dict:
+    """What must be the same for codes to mean the same."""
+    return {"model_sha256": weights_digest(vae), "resolution": resolution}
+
+
+def _write_index(path: Path, index: dict):
+    if path.is_file():
+        _check_index(index, json.loads(path.read_text()), path.parent)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _check_index(expected: dict, found: dict, folder: Path):
+    unlike = [name for name, value in expected.items() if found.get(name) != value]
+    if unlike:
+        differences = ", ".join(f"{name} is {found.get(name)}, not {expected[name]}" for name in unlike)
+        raise ValueError(f"{folder} holds other codes: {differences}. Choose another folder or remove this one.")

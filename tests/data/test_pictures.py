@@ -1,0 +1,286 @@
+"""Training data: crops, epochs, streams of local parquet and webdataset shards, some of them damaged."""
+
+import copy
+import io
+import itertools
+import random
+import tarfile
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate import Accelerator
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from diffusers_pq.data.loaders import (
+    BadImages,
+    EpochSampler,
+    SeededDataset,
+    SeededStream,
+    StreamPosition,
+    build_train_loader,
+)
+from diffusers_pq.data.pictures import BadImageError, CentreCrops, RandomCrops, load_images, usable_rows
+from diffusers_pq.images import to_tensor
+
+
+def png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def noise(width, height, seed):
+    generator = np.random.default_rng(seed)
+    return PIL.Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def grey(level, side=16):
+    """A picture that its level identifies."""
+    return PIL.Image.new("RGB", (side, side), (level,) * 3)
+
+
+def level(crops):
+    return round((float(crops.mean()) + 1) * 127.5)
+
+
+def undecoded(encoded):
+    rows = {"image": [{"bytes": data, "path": f"{number}.png"} for number, data in enumerate(encoded)]}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image(decode=False)}))
+
+
+@pytest.fixture
+def pictures():
+    """Seven pictures of noise, one of them smaller than a crop of 16 pixels."""
+    return undecoded([png(noise(41, 20, seed)) for seed in range(6)] + [png(noise(9, 7, 6))])
+
+
+def test_crops_depend_on_epoch_index_and_seed_only(pictures):
+    transform = RandomCrops("image", 16, crops_per_image=3, random_flip=True, min_image_side=1)
+    crops = SeededDataset(pictures, transform, seed=1)
+    assert [tuple(crops[0, index].shape) for index in range(7)] == [(3, 3, 16, 16)] * 7
+    first = crops[0, 2]
+    assert torch.equal(crops[0, 2], first), "reading other crops in between changes nothing"
+    for other in (crops[1, 2], SeededDataset(pictures, transform, seed=2)[0, 2]):
+        assert not torch.equal(other, first)
+
+
+def test_random_flip_mirrors_half_the_crops(pictures):
+    crops = SeededDataset(pictures, RandomCrops("image", 20, random_flip=True))
+    plain = SeededDataset(pictures, RandomCrops("image", 20))
+    # Crops as high as the picture: a flip is then visible as a window that occurs mirrored only.
+    windows = to_tensor(noise(41, 20, 0)).unfold(2, 20, 1).permute(2, 0, 1, 3)
+    flipped = [not (windows == crops[epoch, 0]).flatten(1).all(1).any() for epoch in range(60)]
+    assert 15 < sum(flipped) < 45
+    assert all((windows == plain[epoch, 0]).flatten(1).all(1).any() for epoch in range(10))
+
+
+def test_the_centre_is_the_centre():
+    picture = PIL.Image.new("RGB", (41, 20))
+    picture.putpixel((20, 10), (255, 255, 255))
+    centre = CentreCrops(undecoded([png(picture)]), "image", 16)[0]
+    assert centre.shape == (1, 3, 16, 16) and centre[0, 0].argmax() == 8 * 16 + 8
+
+
+def test_epochs_follow_each_other_without_a_gap_and_can_be_entered_anywhere():
+    items = list(itertools.islice(EpochSampler(5, seed=3), 17))
+    assert [epoch for epoch, _ in items] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 2
+    orders = [[index for epoch, index in items if epoch == number] for number in range(3)]
+    assert all(sorted(order) == list(range(5)) for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    for start in (1, 5, 12):
+        assert list(itertools.islice(EpochSampler(5, seed=3, start=start), 17 - start)) == items[start:]
+
+
+def test_processes_share_out_the_items_of_one():
+    alone = list(itertools.islice(EpochSampler(5, seed=3, start=2), 12))
+    shares = [itertools.islice(EpochSampler(5, 3, 2, process, 3), 4) for process in range(3)]
+    assert [item for items in zip(*shares) for item in items] == alone
+
+
+def test_a_dataset_must_be_named_once():
+    for sources in ((None, None), ("a", "b")):
+        with pytest.raises(ValueError, match="exactly one of"):
+            load_images(*sources, "image", "train")
+
+
+DAMAGED, SMALL = 5, 11  # of 24 pictures, each of a level of its own
+
+
+@pytest.fixture(scope="module")
+def encoded():
+    pictures = [png(grey(10 * number, 8 if number == SMALL else 16)) for number in range(24)]
+    pictures[DAMAGED] = pictures[DAMAGED][:50]
+    return pictures
+
+
+GOOD_LEVELS = [10 * number for number in range(24) if number not in (DAMAGED, SMALL)]
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory, encoded):
+    """Four parquet shards of six pictures."""
+    folder = tmp_path_factory.mktemp("parquet")
+    for shard in range(4):
+        undecoded(encoded[6 * shard : 6 * shard + 6]).to_parquet(folder / f"train-{shard}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def webdataset(tmp_path_factory, encoded):
+    """Four tars of six pictures."""
+    folder = tmp_path_factory.mktemp("webdataset")
+    for shard in range(4):
+        with tarfile.open(folder / f"train-{shard}.tar", "w") as tar:
+            for number in range(6 * shard, 6 * shard + 6):
+                info = tarfile.TarInfo(f"{number:03d}.png")
+                info.size = len(encoded[number])
+                tar.addfile(info, io.BytesIO(encoded[number]))
+    return folder
+
+
+def load_stream(folder, cache, column="image"):
+    return load_images(str(folder), None, column, "train", cache_dir=str(cache), streaming=True)
+
+
+def streamed(stream, column="image", resolution=16, **options):
+    return SeededStream(stream, RandomCrops(column, resolution), **options)
+
+
+def epoch_of(samples, count):
+    return [level(crops) for crops in itertools.islice(samples, count)]
+
+
+@pytest.mark.parametrize("column", ["image", "png"])
+def test_an_epoch_of_a_stream_has_every_good_picture_once(column, request, tmp_path):
+    folder = request.getfixturevalue("parquet" if column == "image" else "webdataset")
+    samples = streamed(load_stream(folder, tmp_path, column), column, shuffle_buffer=7)
+    levels = iter(epoch_of(samples, 3 * len(GOOD_LEVELS)))
+    epochs = [list(itertools.islice(levels, len(GOOD_LEVELS))) for _ in range(3)]
+    assert all(sorted(epoch) == GOOD_LEVELS for epoch in epochs)
+    assert epochs[0] != sorted(epochs[0]) and epochs[0] != epochs[1], "shuffled, each epoch anew"
+    assert samples.bad_images.counts.tolist() == [6], "two bad pictures in each of three epochs"
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 2), (2, 1), (2, 2), (3, 2)], ids=str)
+def test_no_two_readers_see_the_same_picture_in_an_epoch(processes, workers, parquet, tmp_path, monkeypatch):
+    # With three processes and two workers there are more readers than the four shards.
+    stream = load_stream(parquet, tmp_path)
+    seen = []
+    for process, worker in itertools.product(range(processes), range(workers)):
+        monkeypatch.setattr("diffusers_pq.data.loaders._reader", lambda worker=worker: (worker, workers))
+        bad_images = BadImages("skip", workers)
+        samples = streamed(stream, process_index=process, num_processes=processes, bad_images=bad_images)
+        for crops in samples:
+            if samples.state_dict()["epoch"] > 0:
+                break
+            seen.append(level(crops))
+    assert sorted(seen) == GOOD_LEVELS
+
+
+def skipped(state):
+    """Sum of all numbers called so in a nested state."""
+    if not isinstance(state, dict | list):
+        return 0
+    values = list(state.items()) if isinstance(state, dict) else list(enumerate(state))
+    return sum(value if name == "skipped" else skipped(value) for name, value in values)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_where_it_was(workers, parquet, tmp_path):
+    def loader():
+        samples = streamed(load_stream(parquet, tmp_path), seed=1, shuffle_buffer=5, bad_images=BadImages("skip", 2))
+        return StatefulDataLoader(samples, batch_size=2, num_workers=workers, generator=torch.Generator())
+
+    accelerator = Accelerator(cpu=True)
+    whole = loader()
+    batches, states = [], []
+    for batch in itertools.islice(whole, 40):
+        batches.append(batch)
+        states.append(copy.deepcopy(StreamPosition(whole, accelerator).state_dict()))
+    for stop in (0, 3, 11, 25):
+        resumed = loader()
+        StreamPosition(resumed, accelerator).load_state_dict(states[stop])
+        rest = list(itertools.islice(resumed, 39 - stop))
+        assert all(torch.equal(found, expected) for found, expected in zip(rest, batches[stop + 1 :]))
+        assert skipped(StreamPosition(resumed, accelerator).state_dict()) == skipped(states[-1]) > 0
+
+
+def test_a_stream_refuses_a_position_of_other_readers(parquet, tmp_path):
+    stream = load_stream(parquet, tmp_path)
+    state = streamed(stream, num_processes=2).state_dict()
+    with pytest.raises(ValueError, match="a stream with 2 readers, now there are 1"):
+        streamed(stream).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_what_is_left_of_a_damaged_shard_is_skipped(kind, request, tmp_path, caplog):
+    whole = request.getfixturevalue(kind)
+    for file in whole.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    column = "image" if kind == "parquet" else "png"
+    stream = load_stream(tmp_path, tmp_path / "cache", column)
+    last = max(path for path in tmp_path.iterdir() if path.is_file())
+    # A tar that is merely cut passes for one that ends there.
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 3] if kind == "parquet" else b"no tar" * 1000)
+    samples = streamed(stream, column, shuffle_buffer=3)
+    seen = []
+    for crops in samples:
+        if samples.state_dict()["epoch"] > 0:
+            break
+        seen.append(level(crops))
+    assert set(GOOD_LEVELS[:16]) <= set(seen) <= set(GOOD_LEVELS) and len(seen) == len(set(seen)) < len(GOOD_LEVELS)
+    assert "what is left of shard 3 of the dataset" in caplog.text
+    raising = streamed(stream, column, bad_images=BadImages("raise"))
+    with pytest.raises(BadImageError, match="what is left of shard 3|cannot be read|too small"):
+        epoch_of(raising, 24)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_pictures_can_end_the_run_instead(streaming, encoded, parquet, tmp_path):
+    dataset = load_images(str(parquet), None, "image", "train", cache_dir=str(tmp_path), streaming=streaming)
+    loader = build_train_loader(dataset, RandomCrops("image", 16), Accelerator(cpu=True), 1, on_bad_image="raise")
+    with pytest.raises(BadImageError, match=r"(\.png cannot be read: )|(too small: 8 x 8, shortest side 16)"):
+        epoch_of(iter(loader), 24)
+
+
+def test_a_dataset_replaces_bad_pictures_by_the_next_ones_and_counts_them(encoded):
+    samples = SeededDataset(undecoded(encoded), RandomCrops("image", 16))
+    assert level(samples[0, DAMAGED]) == 10 * (DAMAGED + 1) and level(samples[0, SMALL]) == 10 * (SMALL + 1)
+    assert samples.bad_images.total(Accelerator(cpu=True)) == 2
+    nothing = SeededDataset(undecoded([encoded[DAMAGED]]), RandomCrops("image", 16))
+    with pytest.raises(ValueError, match="no picture that can be used"):
+        nothing[0, 0]
+
+
+def test_a_stream_without_good_pictures_ends_with_an_error(encoded):
+    stream = undecoded([encoded[DAMAGED], encoded[SMALL]]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="no picture that can be used"):
+        next(iter(streamed(stream)))
+
+
+def test_an_imagefolder_can_be_streamed(tmp_path):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for number in range(5):
+        grey(10 * number).save(tmp_path / "data" / "train" / f"{number}.png")
+    stream = load_images(None, str(tmp_path / "data"), "image", "train", streaming=True)
+    assert sorted(epoch_of(streamed(stream), 5)) == [0, 10, 20, 30, 40]
+
+
+def test_an_unknown_column_is_named(parquet, tmp_path):
+    with pytest.raises(ValueError, match="no column 'picture'; the dataset has image"):
+        load_stream(parquet, tmp_path, "picture")
+
+
+def test_the_validation_leaves_out_what_cannot_be_read(encoded):
+    rows = usable_rows(undecoded(encoded), "image", 6)
+    assert [row["image"]["path"] for row in rows] == [f"{number}.png" for number in (0, 1, 2, 3, 4, 6)]
+
+
+def test_small_pictures_are_enlarged_down_to_the_limit():
+    row = {"image": {"bytes": png(grey(50, 8)), "path": None}}
+    assert level(RandomCrops("image", 16, min_image_side=8)(row, random.Random(0))) == 50
+    with pytest.raises(BadImageError, match="a picture is too small"):
+        RandomCrops("image", 16, min_image_side=9)(row, random.Random(0))

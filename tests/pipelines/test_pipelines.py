@@ -1,0 +1,270 @@
+"""What diffusers' pipelines promise, asked of all Stable Diffusion pipelines on PQ latents, with text encoders."""
+
+import copy
+import inspect
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import CpuOffload
+from conftest import tiny_config, tiny_unet
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers_pq import (
+    PQModel,
+    StableDiffusionPQImg2ImgPipeline,
+    StableDiffusionPQInpaintPipeline,
+    StableDiffusionPQPipeline,
+)
+from diffusers_pq.training.stable_diffusion import train_clip_tokenizer
+
+
+PIPELINES = (StableDiffusionPQPipeline, StableDiffusionPQImg2ImgPipeline, StableDiffusionPQInpaintPipeline)
+SCHEDULERS = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+
+
+@pytest.fixture(scope="module")
+def components():
+    torch.manual_seed(0)
+    tokenizer = train_clip_tokenizer(["a red ladybug on a leaf", "a big blue bus"] * 3, 600, 12)
+    text_config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            **text_config,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=12,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    return {
+        "vae": PQModel(**tiny_config(latents_mean=[0.1] * 8, latents_std=[0.5] * 8)).eval(),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": tokenizer,
+        "unet": tiny_unet(8).eval(),
+        "scheduler": DDPMScheduler(clip_sample=False, beta_schedule="scaled_linear", steps_offset=1),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
+
+
+@pytest.fixture(params=PIPELINES, ids=lambda pipeline_class: pipeline_class.__name__)
+def pipeline(request, components):
+    return quiet(request.param(**components, requires_safety_checker=False))
+
+
+@pytest.fixture
+def text_to_image(components):
+    """With its own text encoder and UNet, which the test changes."""
+    torch.manual_seed(0)
+    own = {
+        "unet": tiny_unet(8).eval(),
+        "text_encoder": copy.deepcopy(components["text_encoder"]),
+        "tokenizer": copy.deepcopy(components["tokenizer"]),
+    }
+    return quiet(StableDiffusionPQPipeline(**components | own, requires_safety_checker=False))
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def paint(pipeline, prompt="a red ladybug", **kwargs):
+    """Pictures `[N, H, W, 3]` in [0, 1]."""
+    inputs = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    if "image" in taken:
+        pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        inputs["image"] = PIL.Image.fromarray(pixels)
+    if "mask_image" in taken:
+        inputs["mask_image"] = PIL.Image.new("L", (32, 32), 255)
+    return pipeline(prompt, **inputs | kwargs).images
+
+
+def test_the_prompt_and_the_guidance_matter_and_a_seed_repeats(pipeline):
+    ladybug = paint(pipeline)
+    assert ladybug.shape == (1, 32, 32, 3)
+    assert np.array_equal(ladybug, paint(pipeline))
+    quantised = {"quantize_latents": False}  # what snapping would hide
+    ladybug, unguided = paint(pipeline, **quantised), paint(pipeline, guidance_scale=1.0, **quantised)
+    assert np.abs(ladybug - paint(pipeline, "a big blue bus", **quantised)).max() > 1e-4
+    assert np.abs(ladybug - unguided).max() > 1e-4
+    assert np.abs(ladybug - paint(pipeline, negative_prompt="blue", **quantised)).max() > 1e-4
+
+
+def test_the_default_guidance_is_saved_with_the_pipeline(pipeline, tmp_path):
+    pipeline.register_to_config(guidance_scale=2.5)
+    pipeline.save_pretrained(tmp_path)
+    loaded = quiet(type(pipeline).from_pretrained(tmp_path))
+    other = quiet(PIPELINES[0].from_pipe(loaded))
+    pipeline.register_to_config(guidance_scale=7.5)
+    assert loaded.config.guidance_scale == other.config.guidance_scale == 2.5
+    options = {"quantize_latents": False}
+    assert np.array_equal(paint(loaded, **options), paint(pipeline, guidance_scale=2.5, **options))
+    assert np.abs(paint(loaded, **options) - paint(pipeline, **options)).max() > 1e-4
+
+
+def test_a_picture_of_a_batch_is_the_picture_alone(pipeline):
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    kwargs = {}
+    if "image" in inspect.signature(type(pipeline).__call__).parameters:
+        kwargs = {"strength": 1.0}
+    batch = paint(pipeline, ["a red ladybug", "a big blue bus"], generator=generators(1, 2), **kwargs)
+    for number, prompt in enumerate(("a red ladybug", "a big blue bus")):
+        (alone,) = paint(pipeline, [prompt], generator=generators(number + 1), **kwargs)
+        assert np.abs(batch[number] - alone).max() < 1e-4
+    assert len(paint(pipeline, num_images_per_prompt=2, **kwargs)) == 2
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_of_diffusers_paints(name, components):
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    scheduler = getattr(diffusers, name).from_config(components["scheduler"].config)
+    pipeline = quiet(StableDiffusionPQPipeline(**components | {"scheduler": scheduler}, requires_safety_checker=False))
+    assert np.isfinite(paint(pipeline, num_inference_steps=6)).all()
+
+
+def test_a_saved_pipeline_paints_the_same_and_half_as_large_in_bfloat16(pipeline, tmp_path):
+    before = paint(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    loaded = quiet(type(pipeline).from_pretrained(tmp_path))
+    assert np.abs(paint(loaded) - before).max() < 1e-4
+    half = quiet(type(pipeline).from_pretrained(tmp_path, dtype=torch.bfloat16))
+    assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
+    assert half.vae.quantizer.codebooks.dtype == torch.float32, "distances are exact whatever the dtype"
+    assert np.isfinite(paint(half)).all()
+
+
+def test_model_offloading_changes_nothing_and_covers_the_decoding(components, tmp_path, monkeypatch):
+    pipeline = quiet(StableDiffusionPQPipeline(**components, requires_safety_checker=False))
+    before = paint(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    loaded = quiet(StableDiffusionPQPipeline.from_pretrained(tmp_path))
+    loaded.enable_model_cpu_offload(device="cpu")
+    moved = []
+    pre_forward = CpuOffload.pre_forward
+
+    def record(hook, module, *args, **kwargs):
+        moved.append(type(module).__name__)
+        return pre_forward(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", record)
+    assert np.abs(paint(loaded) - before).max() < 1e-4
+    # Else decoding would find the autoencoder's weights on the CPU.
+    assert moved[-1] == "PQModel"
+
+
+def test_sequential_offloading_of_the_autoencoder_changes_nothing(components, images, tmp_path):
+    components["vae"].save_pretrained(tmp_path)
+    offloaded = cpu_offload(PQModel.from_pretrained(tmp_path), torch.device("cpu"))
+    with torch.no_grad():
+        latents = offloaded.encode(images).latents
+        decoded = offloaded.decode(latents).sample
+        expected = components["vae"](images).sample
+    torch.testing.assert_close(decoded, expected)
+    assert offloaded.quantizer.codebooks.device.type == "meta"
+
+
+def test_tiling_and_slicing_reach_the_autoencoder(pipeline):
+    whole = paint(pipeline, height=128, width=128) if isinstance(pipeline, StableDiffusionPQPipeline) else None
+    pipeline.enable_vae_tiling()
+    pipeline.vae.enable_slicing()
+    try:
+        assert pipeline.vae.use_tiling and np.isfinite(paint(pipeline)).all()
+        if whole is not None:
+            tiled = paint(pipeline, height=128, width=128)
+            assert tiled.shape == whole.shape and np.abs(tiled - whole).max() > 1e-4
+    finally:
+        pipeline.disable_vae_tiling()
+        pipeline.vae.disable_slicing()
+    assert not pipeline.vae.use_tiling
+
+
+def test_pipelines_share_their_components(pipeline):
+    for other in PIPELINES:
+        converted = quiet(other.from_pipe(pipeline))
+        assert converted.unet is pipeline.unet and converted.vae is pipeline.vae
+        assert paint(converted).shape == (1, 32, 32, 3)
+
+
+def test_a_textual_inversion_is_a_word_of_the_prompt(text_to_image, tmp_path):
+    plain = paint(text_to_image, "a buga", quantize_latents=False)
+    save_file({"buga": torch.ones(2, 16)}, tmp_path / "toy.safetensors")
+    text_to_image.load_textual_inversion(tmp_path, weight_name="toy.safetensors", token="buga")
+    assert np.abs(paint(text_to_image, "a buga", quantize_latents=False) - plain).max() > 1e-4
+    text_to_image.unload_textual_inversion()
+    assert np.abs(paint(text_to_image, "a buga", quantize_latents=False) - plain).max() < 1e-4
+
+
+def test_an_ip_adapter_steers_the_picture(text_to_image):
+    attention = {}
+    processors = [name for name in text_to_image.unet.attn_processors if name.endswith("attn2.processor")]
+    for number, name in enumerate(processors):
+        width = text_to_image.unet.get_submodule(name.removesuffix(".processor")).to_out[0].out_features
+        for key in ("to_k_ip", "to_v_ip"):
+            attention[f"{2 * number + 1}.{key}.weight"] = torch.randn(width, 16)
+    projection = {"proj.weight": torch.randn(4 * 16, 8), "proj.bias": torch.zeros(4 * 16)}
+    projection |= {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16)}
+    text_to_image.load_ip_adapter(
+        {"image_proj": projection, "ip_adapter": attention},
+        subfolder=None,
+        weight_name=None,
+        image_encoder_folder=None,
+    )
+
+    def steered(embedding):
+        both = torch.stack([torch.zeros(1, 8), embedding])  # without and with guidance
+        return paint(text_to_image, ip_adapter_image_embeds=[both], quantize_latents=False)
+
+    one, other = steered(torch.ones(1, 8)), steered(torch.linspace(-3, 3, 8)[None])
+    assert np.abs(one - other).max() > 1e-4
+    text_to_image.set_ip_adapter_scale(0.0)
+    assert np.abs(steered(torch.ones(1, 8)) - steered(torch.linspace(-3, 3, 8)[None])).max() < 1e-6
+
+
+def test_the_stock_pipeline_takes_a_pq_model_with_a_scaling_factor(components):
+    vae = PQModel(**tiny_config(scaling_factor=0.5)).eval()
+    stock = StableDiffusionPipeline(**components | {"vae": vae}, requires_safety_checker=False)
+    ours = StableDiffusionPQPipeline(**components | {"vae": vae}, requires_safety_checker=False)
+    assert np.abs(paint(quiet(stock)) - paint(quiet(ours))).max() < 1e-4
+
+
+def test_prompts_without_tokens_are_refused(text_to_image):
+    limited = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3}, merges=[])
+    limited.model_max_length = 12
+    text_to_image.tokenizer = limited
+    assert paint(text_to_image, "a b").shape == (1, 32, 32, 3)
+    with pytest.raises(ValueError, match="no tokens for a part of `prompt` 'a ladybug'"):
+        paint(text_to_image, "a ladybug")
+    with pytest.raises(ValueError, match="no tokens for a part of `prompt` 'ugly'"):
+        paint(text_to_image, "a", negative_prompt="ugly")
+    limited.add_tokens(["<toy>"] * 1)
+    text_to_image.text_encoder.resize_token_embeddings(4)
+    with pytest.raises(ValueError, match=r"The text encoder has 4 tokens and none for \['<toy>'\]"):
+        paint(text_to_image, "a <toy>")
+
+
+def test_a_folder_without_pq_parts_is_refused(components, tmp_path):
+    kl = diffusers.AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=8)
+    StableDiffusionPipeline(**components | {"vae": kl}, requires_safety_checker=False).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="`vae` must be a PQModel, but is a AutoencoderKL"):
+        StableDiffusionPQPipeline.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="model_index.json"):
+        StableDiffusionPQPipeline.from_pretrained(tmp_path / "vae")
+
+
+def test_diffusion_pipeline_loads_a_saved_pipeline(components, tmp_path):
+    StableDiffusionPQPipeline(**components, requires_safety_checker=False).save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is StableDiffusionPQPipeline

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler, PNDMScheduler
+
+from diffusers_pq.training.noise import draw_timesteps
+from diffusers_pq.training.schedules import adapt_schedule, create_scheduler, latent_shift
+
+
+def signal_to_noise(scheduler):
+    alphas = scheduler.alphas_cumprod.double()
+    return alphas / (1 - alphas)
+
+
+def test_a_shift_divides_the_signal_to_noise_ratio_alike_in_diffusion_and_flow_matching():
+    shift = latent_shift(128, 32, 32)
+    assert shift == pytest.approx(32**0.5) and latent_shift(4, 32, 32) == 1
+    plain, shifted = (create_scheduler("diffusion", shift=value).alphas_cumprod.double() for value in (1.0, shift))
+    ratio = (plain / (1 - plain)) / (shifted / (1 - shifted))
+    torch.testing.assert_close(ratio, torch.full_like(ratio, shift**2), rtol=1e-3, atol=0)
+    plain, shifted = (create_scheduler("flow_matching", shift=value) for value in (1.0, shift))
+    sigmas = [
+        draw_timesteps(scheduler, 100, generator=torch.Generator().manual_seed(0)).double() / 1000
+        for scheduler in (plain, shifted)
+    ]
+    snr = [((1 - sigma) / sigma) ** 2 for sigma in sigmas]
+    torch.testing.assert_close(snr[0] / snr[1], torch.full_like(snr[0], shift**2), rtol=1e-3, atol=0)
+
+
+def test_a_models_own_schedule_is_shifted_and_ends_in_noise():
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    source = PNDMScheduler(**betas, prediction_type="v_prediction")
+    same = adapt_schedule(source)
+    torch.testing.assert_close(same.alphas_cumprod, source.alphas_cumprod)
+    assert same.config.prediction_type == "v_prediction" and same.config.timestep_spacing == "leading"
+
+    shift = latent_shift(64, 16, 16, base_dimension=4 * 16 * 16)
+    assert shift == 4
+    shifted = adapt_schedule(source, shift)
+    ratio = signal_to_noise(same) / signal_to_noise(shifted)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 16), rtol=1e-3, atol=0)
+
+    noise_at_the_end = adapt_schedule(source, shift, rescale_betas_zero_snr=True)
+    assert noise_at_the_end.alphas_cumprod[-1] < 1e-6
+    noise_at_the_end.set_timesteps(4)
+    assert noise_at_the_end.timesteps.tolist() == [999, 749, 499, 249]
+    # The last step must leave nothing of the noise that the first timestep has after the shift.
+    latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy = noise_at_the_end.add_noise(latents, noise, torch.tensor([249]))
+    velocity = noise_at_the_end.get_velocity(latents, noise, torch.tensor([249]))
+    torch.testing.assert_close(noise_at_the_end.step(velocity, 249, noisy).prev_sample, latents)
+
+
+def test_epsilon_cannot_be_predicted_without_a_signal():
+    with pytest.raises(ValueError, match="`rescale_betas_zero_snr` needs `prediction_type` v_prediction"):
+        create_scheduler("diffusion", "epsilon", rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="`rescale_betas_zero_snr` needs `prediction_type` v_prediction"):
+        adapt_schedule(DDPMScheduler(), rescale_betas_zero_snr=True)
