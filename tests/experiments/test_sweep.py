@@ -34,7 +34,7 @@ from diffusers_pq.models import search
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "training_scripts" / "sweep_pqgan.py"
+SCRIPT = ROOT / "experiments" / "sweep_pqgan.py"
 FIGURES = ROOT / "experiments" / "sweep_figures.py"
 OVERHEAD = ROOT / "experiments" / "quantisation_overhead.py"
 ALL_SHARES = ["1", "d/8", "d/4", "d/2", "d"]

@@ -158,6 +158,7 @@ def repository(tmp_path):
     (tmp_path / "models" / "cards.yaml").write_text(yaml.safe_dump(cards))
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
+    (tmp_path / "experiments" / "results").mkdir(parents=True)
     (results / "photographs.json").write_text(json.dumps({"models": [], "results": {}}))
     shutil.copytree(
         ROOT / "benchmarks/results/evaluation/pqgan-mini-f8-pq", results / "evaluation" / "tiny", dirs_exist_ok=True
@@ -339,7 +340,7 @@ def test_names_of_the_hub_are_told_from_folders(tmp_path):
 def test_the_template_is_part_of_the_installed_package(tmp_path):
     build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    assert (tmp_path / "diffusers_pq" / "model_card_template.md").is_file()
+    assert (tmp_path / "diffusers_pq" / "hub" / "model_card_template.md").is_file()
 
 
 def test_a_widened_configuration_fits_the_autoencoder_and_the_resolution(tmp_path):
