@@ -18,6 +18,8 @@ _PUBLIC = {
     "PQModelOutput": ".models.autoencoder_pq",
     "ProductQuantizer": ".models.quantizer",
     "ProductQuantizerOutput": ".models.quantizer",
+    "PQMaskedTransformer": ".models.masked_transformer",
+    "PQMaskedTransformerOutput": ".models.masked_transformer",
     "PatchDiscriminator": ".models.discriminator",
     "widen_unet": ".models.widening",
     "widen_denoiser": ".models.widening",
