@@ -19,10 +19,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers_pq.autoencoders import decode_latents, downsampling_factor
 from diffusers_pq.models.autoencoder_pq import PQModel
 from diffusers_pq.models.class_conditioning import num_classes, predict
+from diffusers_pq.pipelines.class_labels import ClassLabelsMixin
 from diffusers_pq.pipelines.pq_mixin import ImportedByCodeMixin
 
 
-class LatentDiffusionPQPipeline(ImportedByCodeMixin, DiffusionPipeline):
+class LatentDiffusionPQPipeline(ClassLabelsMixin, ImportedByCodeMixin, DiffusionPipeline):
     r"""
     Pictures of classes, by latent diffusion that `train_ldm.py` has trained from scratch on the latents of a
     [`PQModel`] or, for comparison, of another autoencoder of diffusers.
@@ -57,12 +58,9 @@ class LatentDiffusionPQPipeline(ImportedByCodeMixin, DiffusionPipeline):
         if (unet is None) == (transformer is None):
             raise ValueError("Give exactly one of `unet` and `transformer`.")
         self.register_modules(vae=vae, scheduler=scheduler, unet=unet, transformer=transformer)
-        # JSON makes strings of the numbers, and sorts them so.
-        names = dict(sorted((int(label), name) for label, name in (id2label or {}).items()))
-        self.register_to_config(id2label=names or None)
-        self._check_components(names)
+        self._check_channels()
+        self._register_labels(id2label)
         self.image_processor = VaeImageProcessor(vae_scale_factor=downsampling_factor(vae))
-        self.labels = _labels_by_name(names)
 
     @property
     def denoiser(self) -> UNet2DConditionModel | DiTTransformer2DModel:
@@ -72,39 +70,10 @@ class LatentDiffusionPQPipeline(ImportedByCodeMixin, DiffusionPipeline):
     def num_classes(self) -> int:
         return num_classes(self.denoiser)
 
-    def _check_components(self, names: dict[int, str]):
+    def _check_channels(self):
         channels, expected = self.denoiser.config.in_channels, self.vae.config.latent_channels
         if channels != expected:
             raise ValueError(f"The denoiser takes {channels} latent channels, but the `vae` has {expected}.")
-        classes = self.num_classes
-        if names and sorted(names) != list(range(classes)):
-            raise ValueError(
-                f"`id2label` names {len(names)} classes, but the denoiser has {classes}: 0 ... {classes - 1}."
-            )
-
-    def get_label_ids(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
-        r"""
-        The numbers of classes that are given by number or name.
-
-        Raises:
-            ValueError: if there is no such class, or several have the name.
-        """
-        if isinstance(class_labels, (int, str)):
-            class_labels = [class_labels]
-        return [self._label_id(label) for label in class_labels]
-
-    def _label_id(self, label: int | str) -> int:
-        if isinstance(label, str):
-            found = self.labels.get(label, [])
-            if len(found) > 1:
-                raise ValueError(f"`class_labels`: {label!r} is a name of the classes {found}; give the number.")
-            if not found:
-                known = ", ".join(list(self.labels)[:10]) or "none, for want of an `id2label`"
-                raise ValueError(f"`class_labels`: unknown class {label!r}; known names are {known}, ...")
-            return found[0]
-        if not 0 <= int(label) < self.num_classes:
-            raise ValueError(f"`class_labels` must be in 0 ... {self.num_classes - 1}, but one is {int(label)}.")
-        return int(label)
 
     @torch.no_grad()
     def __call__(
@@ -189,13 +158,3 @@ class LatentDiffusionPQPipeline(ImportedByCodeMixin, DiffusionPipeline):
         prediction = predict(self.denoiser, torch.cat([inputs, inputs]), timestep.expand(len(labels)), labels)
         conditional, unconditional = prediction.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
-
-
-def _labels_by_name(names: dict[int, str]) -> dict[str, list[int]]:
-    """Classes by their whole names and by each of their synonyms; the former come first."""
-    whole, synonyms = {}, {}
-    for label, name in names.items():
-        whole.setdefault(name, []).append(label)
-        for synonym in dict.fromkeys(map(str.strip, name.split(","))):
-            synonyms.setdefault(synonym, []).append(label)
-    return synonyms | whole

@@ -12,6 +12,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, 
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+import diffusers_pq
 from diffusers_pq.models.autoencoder_pq import PQModel
 
 
@@ -26,7 +27,7 @@ except ModuleNotFoundError as error:
 """
 # Of no pixels, a multiple of whatever the parents ask for: 8 in one, F in another. `_check_size` checks the real one.
 ACCEPTED_SIZE = (0, 0)
-_VAE_CODE = "from diffusers_pq import PQModel  # noqa: F401\n"
+_COMPONENT_CODE = "from diffusers_pq import {name}  # noqa: F401\n"
 
 
 class ImportedByCodeMixin:
@@ -45,18 +46,24 @@ class ImportedByCodeMixin:
         config = json.loads(self.to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         path.with_name("pipeline.py").write_text(_PIPELINE_CODE.format(name=type(self).__name__), encoding="utf-8")
-        if config["vae"] == ["diffusers_pq", "PQModel"]:
-            vae_path = path.with_name("vae") / "diffusers_pq.py"
-            vae_path.parent.mkdir(exist_ok=True)
-            vae_path.write_text(_VAE_CODE, encoding="utf-8")
+        for component, name in _own_components(config).items():
+            code_path = path.with_name(component) / "diffusers_pq.py"
+            code_path.parent.mkdir(exist_ok=True)
+            code_path.write_text(_COMPONENT_CODE.format(name=name), encoding="utf-8")
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
         # This class is at hand already: no code that came with the files is run.
         config = super()._dict_from_json_file(json_file) | {"_class_name": cls.__name__}
-        if config.get("vae") == ["diffusers_pq", "PQModel"]:
-            config["vae"] = [PQModel.__module__, "PQModel"]
+        for component, name in _own_components(config).items():
+            config[component] = [getattr(diffusers_pq, name).__module__, name]
         return config
+
+
+def _own_components(config: dict) -> dict[str, str]:
+    """The classes of this package among the components in a `model_index.json`, by the components' names."""
+    components = {name: value for name, value in config.items() if isinstance(value, (list, tuple)) and value}
+    return {name: value[1] for name, value in components.items() if value[0] == "diffusers_pq"}
 
 
 class PQLatentsMixin(ImportedByCodeMixin):
@@ -133,7 +140,7 @@ class PQLatentsMixin(ImportedByCodeMixin):
         """
         prompt = super().maybe_convert_prompt(prompt, tokenizer)
         for text in [prompt] if isinstance(prompt, str) else prompt:
-            _check_tokens(text, tokenizer, self.text_encoder)
+            check_tokens(text, tokenizer, self.text_encoder)
         return prompt
 
     @classmethod
@@ -204,7 +211,7 @@ def _is_convolution(name: str) -> bool:
     return name.startswith(("unet.conv_in.", "unet.conv_out.")) and "lora" not in name
 
 
-def _check_tokens(prompt: str, tokenizer, text_encoder):
+def check_tokens(prompt: str, tokenizer, text_encoder):
     tokens = tokenizer(prompt, add_special_tokens=False).input_ids
     # CLIP's unknown token is its end mark too: the text encoder would not see what comes after it.
     if tokenizer.unk_token_id in tokens and tokenizer.unk_token not in prompt:

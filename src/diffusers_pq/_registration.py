@@ -5,7 +5,7 @@ diffusers only loads (and, from the Hub, only downloads) components whose librar
 `["diffusers_pq", "PQModel"]` into `model_index.json`. That module imports torch and transformers, so registration
 waits until somebody imports it: `import diffusers_pq` alone stays light.
 
-The module of `PQModel` is registered as well: our pipelines look the class up there (see
+The modules of the models are registered as well: our pipelines look the classes up there (see
 `diffusers_pq.pipelines.pq_mixin`).
 """
 
@@ -27,7 +27,8 @@ def _register(loading_utils):
             f"Install diffusers{SUPPORTED['diffusers']}."
         )
     loading_utils.LOADABLE_CLASSES["diffusers_pq"] = {"ModelMixin": _METHODS, "DiffusionPipeline": _METHODS}
-    loading_utils.LOADABLE_CLASSES["diffusers_pq.models.autoencoder_pq"] = {"ModelMixin": _METHODS}
+    for module in ("autoencoder_pq", "masked_transformer"):
+        loading_utils.LOADABLE_CLASSES[f"diffusers_pq.models.{module}"] = {"ModelMixin": _METHODS}
 
 
 class _RegisteringLoader(importlib.abc.Loader):
