@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from diffusers_pq.training.options import named
+from diffusers_pq.flags import named
 
 
 def parse_args(argv=None):

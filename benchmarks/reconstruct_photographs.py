@@ -20,11 +20,11 @@ from pathlib import Path
 from diffusers_pq.evaluation.systems import load_for_evaluation
 from diffusers_pq.figures import draw_reconstructions, most_different_box
 from diffusers_pq.files import replacing, write_json
+from diffusers_pq.flags import named
 from diffusers_pq.images import load_image
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import codebook_usage, reconstruct_picture
-from diffusers_pq.training.options import named
 
 
 COLUMNS = ("psnr", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")

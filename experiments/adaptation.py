@@ -16,7 +16,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_pq.files import replacing, write_json
-from diffusers_pq.training.options import named
+from diffusers_pq.flags import named
 
 
 # What the plot shows: the logs' name, a title, and over how many logged values it is averaged.

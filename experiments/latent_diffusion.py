@@ -30,12 +30,12 @@ from diffusers_pq.data.pictures import ClassLabels, ConditionedCrops, load_image
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.evaluation.reconstruction import EvaluationData
 from diffusers_pq.files import replacing, write_json
+from diffusers_pq.flags import named
 from diffusers_pq.images import to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import FID, PSNR, SSIM
 from diffusers_pq.models.class_conditioning import predict
 from diffusers_pq.training.noise import add_noise, predicted_latents
-from diffusers_pq.training.options import named
 
 
 # In what the runs may differ.

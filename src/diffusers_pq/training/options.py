@@ -14,14 +14,6 @@ def positive(text: str) -> int:
     return value
 
 
-def named(text: str) -> tuple[str, str]:
-    """The type of flags that give a name to something: `NAME=VALUE`."""
-    name, _, value = text.partition("=")
-    if not (name and value):
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, but is {text!r}")
-    return name, value
-
-
 def add_data_arguments(parser: argparse.ArgumentParser):
     """Flags of [`load_images`] and [`build_train_loader`]."""
     data = parser.add_argument_group("data")
