@@ -1,3 +1,6 @@
+import json
+import os
+import subprocess
 import sys
 import types
 from collections import OrderedDict
@@ -10,12 +13,15 @@ import torch.nn.functional as F
 import yaml
 from diffusers import AutoencoderKL, VQModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from safetensors.torch import save_file
+from hub_stand_in import File, Hub, Repository
+from safetensors.torch import save, save_file
 
 from diffusers_pq import PQModel
 from diffusers_pq.cli import main
 from diffusers_pq.conversion import convert_checkpoint, load_original_autoencoder
 
+
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 DDCONFIG = {
     "ch": 32,
@@ -304,6 +310,115 @@ def test_the_first_stage_of_a_diffusion_model_is_taken_with_its_scale(measured, 
     model = load_original_autoencoder(tmp_path / "model.safetensors", config)
     assert model.config.scaling_factor == 0.25
     assert torch.equal(model.quantizer.codebooks[0], tensors["quantize.embedding.weight"])
+
+
+def write_pqgan(folder, tensors, **data):
+    """A checkpoint and a config as PQGAN's code writes them; `data` is the section of that name."""
+    checkpoint, config = folder / "pqgan.safetensors", folder / "pqgan.yaml"
+    save_file(tensors, checkpoint)
+    arguments = {"ddconfig": DDCONFIG, "embed_dim": 24, "n_embed": 8, "num_spaces": 12, "split_quantizer": True}
+    config.write_text(yaml.safe_dump({"model": {"class_path": "vv.VQModel", "init_args": arguments}, "data": data}))
+    return checkpoint, config
+
+
+@torch.no_grad()
+def normalized_reconstruction(original, x, mean, std):
+    """What PQGAN's code does with pictures, from [-1, 1] to [-1, 1]."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (original.reconstruct(((x + 1) / 2 - mean) / std) * std + mean) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    "data, statistics",
+    [
+        ({"class_path": "vv.data.ImageNetLoader", "init_args": {"resolution": 256}}, IMAGENET),
+        ({"class_path": "vv.data.ImageNetLoader", "init_args": {"norm_values": None}}, IMAGENET),
+        ({"class_path": "vv.data.ImageNetLoader", "init_args": {"norm_values": [0.5, 0.5]}}, None),
+        ({"class_path": "vv.data.FFHQLoader"}, None),
+        ({"class_path": "vv.data.LSUNLoader", "init_args": {"norm_values": [0.0, 1.0]}}, ([0.0] * 3, [1.0] * 3)),
+    ],
+)
+@torch.no_grad()
+def test_a_converted_pqgan_takes_pictures_in_minus_one_to_one_however_it_was_trained(data, statistics, x, tmp_path):
+    original = make_original(embed_dim=24, n_embed=8, num_spaces=12)
+    files = write_pqgan(tmp_path, original.state_dict(), **data)
+    model = PQModel.from_pretrained(convert(*files, tmp_path / "out")).eval()
+    found = model.config.image_mean, model.config.image_std
+    assert found == (statistics or (None, None))
+    expected = normalized_reconstruction(original, x, *(statistics or ([0.5] * 3, [0.5] * 3)))
+    assert_equal(model(x).sample, expected)
+
+
+def test_a_normalisation_that_the_config_does_not_tell_can_be_given(tmp_path, caplog):
+    tensors = make_original(embed_dim=24, n_embed=8, num_spaces=12).state_dict()
+    checkpoint, config = write_pqgan(tmp_path, tensors, class_path="vv.data.LAIONLoader")
+    assert load_original_autoencoder(checkpoint, config).config.image_mean is None
+    assert "does not say how the training pictures were normalised" in caplog.text
+    flags = ["--image-mean", "0.1", "0.2", "0.3", "--image-std", "1", "2", "4"]
+    model = PQModel.from_pretrained(convert(checkpoint, config, tmp_path / "out", *flags))
+    assert (model.config.image_mean, model.config.image_std) == ([0.1, 0.2, 0.3], [1.0, 2.0, 4.0])
+    with pytest.raises(ValueError, match="`image_mean` and `image_std` must be given together"):
+        load_original_autoencoder(checkpoint, config, image_mean=[0.5] * 3)
+    with pytest.raises(ValueError, match="`image_std` must have one value for each of the 3 colour channels"):
+        load_original_autoencoder(checkpoint, config, image_mean=[0.5] * 3, image_std=[0.5])
+
+
+def test_the_config_beside_the_checkpoint_is_the_default(tmp_path):
+    tensors = make_original(embed_dim=24, n_embed=8, num_spaces=12).state_dict()
+    checkpoint, config = write_pqgan(tmp_path, tensors, class_path="vv.data.FFHQLoader")
+    assert load_original_autoencoder(checkpoint).config.num_subspaces == 12
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match="No such config: .*pqgan.yaml. Name the YAML file"):
+        load_original_autoencoder(checkpoint)
+
+
+CONVERT_FROM_HUB = """
+import json, sys
+from diffusers_pq.cli import main
+
+print(json.dumps([main(["convert", *arguments]) for arguments in json.loads(sys.argv[1])]))
+"""
+
+
+@torch.no_grad()
+def test_one_command_fetches_and_converts_the_authors_models(x, tmp_path):
+    original = make_original(embed_dim=24, n_embed=8, num_spaces=12)
+    write_pqgan(tmp_path, original.state_dict(), class_path="vv.data.ImageNetLoader")
+    weights, config = save(original.state_dict()), File((tmp_path / "pqgan.yaml").read_bytes())
+    files = {}
+    for name in ("PQGAN_F8_K512_Z128_S64", "PQGAN_F16_K128_Z128_S64"):
+        files |= {f"checkpoints/{name}.safetensors": File(weights, is_lfs=True), f"checkpoints/{name}.yaml": config}
+    hub = Hub()
+    hub.repositories["CVL-Heidelberg/PQGAN"] = repository = Repository(private=False)
+    repository.commit("main", files)
+    hub.objects[File(weights).sha256] = weights
+    authors = "CVL-Heidelberg/PQGAN"
+    commands = [
+        [f"{authors}:F8", "--output", str(tmp_path / "f8")],
+        [f"{authors}:checkpoints/PQGAN_F16_K128_Z128_S64.safetensors", "--output", str(tmp_path / "file")],
+        [f"{authors}:f16", "--output", str(tmp_path / "f16")],
+        [f"{authors}:F32", "--output", str(tmp_path / "x")],
+        [authors, "--output", str(tmp_path / "x")],
+        [f"{authors}:last.ckpt", "--output", str(tmp_path / "x")],
+        ["nobody/pqgan:last.ckpt", "--output", str(tmp_path / "x")],
+    ]
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CONVERT_FROM_HUB, json.dumps(commands)]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    hub.close()
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == [0, 0, 0, 1, 1, 1, 1]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("diffusers-pq: ")]
+    for line in lines[:2]:
+        assert "choose CVL-Heidelberg/PQGAN:F8 or CVL-Heidelberg/PQGAN:F16" in line
+    assert lines[2] == "diffusers-pq: The repository CVL-Heidelberg/PQGAN has no file last.ckpt."
+    assert "nobody/pqgan" in lines[3] and "Traceback" not in result.stderr
+    expected = normalized_reconstruction(original, x, *IMAGENET)
+    for name in ("f8", "f16", "file"):
+        model = PQModel.from_pretrained(tmp_path / name).eval()
+        assert [model.config.image_mean, model.config.image_std] == list(IMAGENET)
+        assert_equal(model(x).sample, expected)
 
 
 def test_half_precision_is_written_in_float32(vqgan, tmp_path):

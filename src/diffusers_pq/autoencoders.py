@@ -75,11 +75,16 @@ def load_whole_model(model_class: type, path_or_repo: str | os.PathLike, **hub_k
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's weights, which says whether two models are the same wherever they came from."""
+    """
+    SHA-256 of a model's weights, and of the normalisation of pictures that belongs to them where there is one: says
+    whether two models are the same wherever they came from.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    if isinstance(model, PQModel) and model.config.image_mean is not None:
+        digest.update(json.dumps([model.config.image_mean, model.config.image_std]).encode())
     return digest.hexdigest()
 
 

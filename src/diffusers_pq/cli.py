@@ -50,14 +50,29 @@ def _build_parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert", help="make a diffusers folder of an original VQGAN, PQGAN or LDM checkpoint"
     )
-    convert.add_argument("checkpoint", type=Path, help="Lightning .ckpt, torch state dict or .safetensors")
-    convert.add_argument("--config", type=Path, required=True, help="YAML file the checkpoint was trained with")
+    convert.add_argument(
+        "checkpoint",
+        help="Lightning .ckpt, torch state dict or .safetensors; org/name:FILE is one on the Hub, and the paper's "
+        "authors' are CVL-Heidelberg/PQGAN:F8 and CVL-Heidelberg/PQGAN:F16",
+    )
+    convert.add_argument(
+        "--config", help="YAML file the checkpoint was trained with; default: the checkpoint's name with .yaml"
+    )
     convert.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     convert.add_argument(
         "--target",
         choices=("PQModel", "VQModel", "AutoencoderKL"),
         help="default: PQModel for a checkpoint with codebooks, else AutoencoderKL",
     )
+    for name, what in (("mean", "mean"), ("std", "standard deviation")):
+        convert.add_argument(
+            f"--image-{name}",
+            type=float,
+            nargs="+",
+            help=f"{what} of each colour channel, in [0, 1], by which training pictures were normalised; default: as "
+            "the YAML file says, ImageNet's for the authors' checkpoints",
+        )
+    convert.add_argument("--revision", help="branch, tag or commit of the repository on the Hub; default: main")
     convert.set_defaults(run=_convert)
 
     compress = commands.add_parser("compress", help="write a picture of any size as entropy-coded codes")
@@ -143,10 +158,21 @@ def _push(args):
 def _convert(args):
     from .conversion import convert_checkpoint
 
-    model = convert_checkpoint(args.checkpoint, args.config, args.output, args.target)
+    model = convert_checkpoint(
+        args.checkpoint,
+        args.config,
+        args.output,
+        args.target,
+        image_mean=args.image_mean,
+        image_std=args.image_std,
+        revision=args.revision,
+    )
+    normalisation = ""
+    if model.config.get("image_mean") is not None:
+        normalisation = f", image_mean {model.config.image_mean}, image_std {model.config.image_std}"
     print(
         f"{args.output}: {type(model).__name__} of {model.num_parameters()} parameters, "
-        f"scaling_factor {model.config.scaling_factor}"
+        f"scaling_factor {model.config.scaling_factor}{normalisation}"
     )
 
 

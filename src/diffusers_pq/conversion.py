@@ -4,6 +4,7 @@ diffusers' own conversion (`AutoencoderKL.from_single_file`) is for Stable Diffu
 attention inside the levels nor codebooks.
 """
 
+import logging
 import os
 import re
 import tempfile
@@ -13,10 +14,27 @@ from typing import Any
 import torch
 import yaml
 from diffusers import AutoencoderKL, ModelMixin, VQModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.utils import httpx
 from safetensors.torch import load_file
 
 from .models.autoencoder_pq import PQModel
 
+
+logger = logging.getLogger(__name__)
+
+AUTHORS_REPOSITORY = "CVL-Heidelberg/PQGAN"
+# The checkpoints in it by the names that `diffusers-pq convert` takes, `CVL-Heidelberg/PQGAN:F8` for one.
+AUTHORS_CHECKPOINTS = {
+    "F8": "checkpoints/PQGAN_F8_K512_Z128_S64.safetensors",
+    "F16": "checkpoints/PQGAN_F16_K128_Z128_S64.safetensors",
+}
+# Mean and standard deviation of ImageNet's colours in [0, 1], as torchvision has them and PQGAN's code uses them.
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+# What PQGAN's data loaders do to pictures unless `norm_values` of the YAML file says otherwise: `None` is [-1, 1].
+_LOADERS = {"ImageNetLoader": (IMAGENET_MEAN, IMAGENET_STD), "FFHQLoader": None, "LSUNLoader": None}
 
 _REQUIRED_OPTIONS = (
     "ch",
@@ -33,9 +51,10 @@ _REQUIRED_OPTIONS = (
 # Options that change what the network computes but not its tensors, with the one value that diffusers' networks have.
 _FIXED_OPTIONS = {"tanh_out": False, "give_pre_end": False, "distance_type": "l2", "disable_quantization": False}
 
-# Losses, and the counters of a codebook that is a moving average. PQGAN's code also makes a vector quantiser and a
-# product quantiser whichever of them it uses as `quantize`, and its product quantiser has an `embedding` without use.
-_UNUSED_TENSORS = re.compile(r"(loss|vq_standard|vq_split|quantize\.embedding)\.")
+# Losses, the counters of a codebook that is a moving average, a table of used codes that renumbers them, and colours
+# for pictures of segmentations. PQGAN's code also makes a vector quantiser and a product quantiser whichever of them
+# it uses as `quantize`, and its product quantiser has an `embedding` without use.
+_UNUSED_TENSORS = re.compile(r"(loss|vq_standard|vq_split|quantize\.embedding)\.|(quantize\.used|colorize)$")
 
 _SUBSPACE_CODEBOOK = re.compile(r"((?:quantize\.)?embeddings\.)(\d+)\.weight")
 
@@ -75,9 +94,10 @@ class _Skipped:
 
 def convert_checkpoint(
     checkpoint: str | os.PathLike,
-    config: str | os.PathLike,
+    config: str | os.PathLike | None,
     output_dir: str | os.PathLike,
     target: str | None = None,
+    **options,
 ) -> ModelMixin:
     """
     Convert a checkpoint of the original code to a folder for `from_pretrained`.
@@ -85,18 +105,19 @@ def convert_checkpoint(
     Args:
         checkpoint, config, target: See [`load_original_autoencoder`].
         output_dir: Written whole or not at all; must not exist.
+        options: Others of [`load_original_autoencoder`].
 
     Returns:
         The model that was written.
 
     Raises:
         FileExistsError: if `output_dir` exists.
-        FileNotFoundError, ValueError: see [`load_original_autoencoder`].
+        FileNotFoundError, OSError, ValueError: see [`load_original_autoencoder`].
     """
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists already: choose another folder or remove it.")
-    model = load_original_autoencoder(checkpoint, config, target)
+    model = load_original_autoencoder(checkpoint, config, target, **options)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent) as scratch:
         unfinished = Path(scratch) / "model"
@@ -106,7 +127,12 @@ def convert_checkpoint(
 
 
 def load_original_autoencoder(
-    checkpoint: str | os.PathLike, config: str | os.PathLike, target: str | None = None
+    checkpoint: str | os.PathLike,
+    config: str | os.PathLike | None = None,
+    target: str | None = None,
+    image_mean: list[float] | None = None,
+    image_std: list[float] | None = None,
+    revision: str | None = None,
 ) -> ModelMixin:
     """
     Load an autoencoder that was trained with the original VQGAN, PQGAN or latent diffusion code.
@@ -116,11 +142,18 @@ def load_original_autoencoder(
     `first_stage_model` of a diffusion model, all that is not.
 
     Args:
-        checkpoint: A Lightning checkpoint, a state dict saved by torch, or a `.safetensors` file. Pickles are read
-            with `weights_only=True`.
-        config: The YAML file the model was trained with.
+        checkpoint: A Lightning checkpoint, a state dict saved by torch, or a `.safetensors` file; here, or as
+            `"org/name:file"` in a repository of the Hub. The paper's authors' are `"CVL-Heidelberg/PQGAN:F8"` and
+            `"CVL-Heidelberg/PQGAN:F16"`. Pickles are read with `weights_only=True`.
+        config (*optional*):
+            The YAML file the model was trained with, here or on the Hub. Default: beside the checkpoint, under its
+            name with `.yaml`.
         target (`str`, *optional*):
             `"PQModel"` (the default) or `"VQModel"` for a model with codebooks, else `"AutoencoderKL"`.
+        image_mean, image_std (`list[float]`, *optional*):
+            How the training pictures, of colours in [0, 1], were normalised, for the config of the `PQModel`. Default:
+            as the YAML file says, and ImageNet's for the authors' checkpoints.
+        revision (`str`, *optional*): Branch, tag or commit of the repository on the Hub.
 
     Returns:
         `PQModel`, `VQModel` or `AutoencoderKL`: In eval mode and float32. `scaling_factor` is the original's
@@ -128,11 +161,17 @@ def load_original_autoencoder(
 
     Raises:
         FileNotFoundError: if one of the files does not exist.
+        OSError: if the Hub has no such file or cannot be reached.
         ValueError: if one of them is damaged, the checkpoint holds more than tensors, the two do not fit together or
             `target` cannot hold the model.
     """
-    options = _read_options(Path(config))
-    tensors = _load_tensors(Path(checkpoint))
+    is_authors = str(checkpoint).startswith(f"{AUTHORS_REPOSITORY}:")
+    checkpoint, config = _locate(checkpoint, config, revision)
+    options = _read_options(config)
+    if image_mean is None and image_std is None:
+        image_mean, image_std = _image_statistics(options, is_authors) or (None, None)
+    options |= {"image_mean": image_mean, "image_std": image_std}
+    tensors = _load_tensors(checkpoint)
     # Latent diffusion keeps a measured scale beside the weights.
     scaling_factor = tensors.get("scale_factor", options.get("scale_factor"))
     tensors = _first_stage(tensors)
@@ -150,10 +189,44 @@ def load_original_autoencoder(
     return model.eval()
 
 
+def _locate(
+    checkpoint: str | os.PathLike, config: str | os.PathLike | None, revision: str | None
+) -> tuple[Path, Path]:
+    """The files of a checkpoint and its config, fetched if they are on the Hub."""
+    repository, _, name = str(checkpoint).partition(":")
+    if repository == AUTHORS_REPOSITORY:
+        # Other files of it go by their own names, as in any repository.
+        name = AUTHORS_CHECKPOINTS.get(name.upper(), name)
+        if "." not in name:
+            names = " or ".join(f"{AUTHORS_REPOSITORY}:{known}" for known in AUTHORS_CHECKPOINTS)
+            raise ValueError(f"{checkpoint} is no checkpoint of the authors': choose {names}.")
+        checkpoint = f"{repository}:{name}"
+    if config is None:
+        stem, dot, _ = str(checkpoint).rpartition(".")
+        config = f"{stem if dot else checkpoint}.yaml"
+    return _fetch(checkpoint, revision), _fetch(config, revision)
+
+
+def _fetch(path: str | os.PathLike, revision: str | None) -> Path:
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+):(.+)", str(path))
+    if found is None or Path(path).exists():
+        return Path(path)
+    repository, name = found.groups()
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except RemoteEntryNotFoundError as error:
+        raise FileNotFoundError(f"The repository {repository} has no file {name}.") from error
+    except httpx.TransportError as error:
+        raise ConnectionError(f"The download of {path} broke off ({error}). Repeat it.") from error
+
+
 def _read_options(path: Path) -> dict[str, Any]:
     """The options of the autoencoder, those of `ddconfig` among them, and the `scale_factor` of a diffusion model."""
+    if not path.is_file():
+        raise FileNotFoundError(f"No such config: {path}. Name the YAML file that the model was trained with.")
     try:
-        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        model = content["model"]
         outer = model["params"] if "params" in model else model["init_args"]
         inner = outer["first_stage_config"]["params"] if "first_stage_config" in outer else outer
         options = outer | inner | inner["ddconfig"]
@@ -168,7 +241,28 @@ def _read_options(path: Path) -> dict[str, Any]:
     for name, supported in _FIXED_OPTIONS.items():
         if options.get(name, supported) != supported:
             raise ValueError(f"{path}: `{name}: {options[name]}` cannot be converted, only {supported} can.")
+    if "init_args" in model:
+        options["data"] = content.get("data")
     return options
+
+
+def _image_statistics(options: dict[str, Any], is_authors: bool) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation by which the training pictures were normalised; `None` for [-1, 1]."""
+    if "data" not in options:
+        return (IMAGENET_MEAN, IMAGENET_STD) if is_authors else None
+    data = options["data"] or {}
+    norm_values = (data.get("init_args") or {}).get("norm_values")
+    if norm_values is not None:
+        mean, std = ([float(value)] * options["in_channels"] for value in norm_values)
+        return None if mean[0] == std[0] == 0.5 else (mean, std)
+    loader = data.get("class_path", "").rpartition(".")[-1]
+    if is_authors or loader in _LOADERS:
+        return _LOADERS.get(loader, (IMAGENET_MEAN, IMAGENET_STD))
+    logger.warning(
+        "The YAML file does not say how the training pictures were normalised, so [-1, 1] is assumed. If it was "
+        "otherwise, set `image_mean` and `image_std`."
+    )
+    return None
 
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -224,6 +318,14 @@ def _create_model(
     if target == "VQModel" and num_subspaces > 1:
         raise ValueError(f"A VQModel has one codebook, but the checkpoint has {num_subspaces}: choose PQModel.")
 
+    if target != "PQModel" and options["image_mean"] is not None:
+        logger.warning(
+            "A %s has no place for the normalisation of pictures: give it pictures normalised with mean %s and "
+            "standard deviation %s.",
+            target,
+            options["image_mean"],
+            options["image_std"],
+        )
     config = _backbone(options)
     if scaling_factor is not None:
         config["scaling_factor"] = float(scaling_factor)
@@ -243,6 +345,8 @@ def _create_model(
         latent_channels=options["embed_dim"],
         num_subspaces=num_subspaces,
         codebook_size=options["n_embed"],
+        image_mean=options["image_mean"],
+        image_std=options["image_std"],
     )
 
 

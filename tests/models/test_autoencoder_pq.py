@@ -9,7 +9,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from diffusers_pq import PQModel
-from diffusers_pq.autoencoders import load_autoencoder
+from diffusers_pq.autoencoders import load_autoencoder, weights_digest
 from diffusers_pq.measuring import measure_peak_bytes
 from diffusers_pq.models.tiling import blend_tiles
 
@@ -115,6 +115,64 @@ def test_gradient_checkpointing_changes_nothing(images):
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+STATISTICS = {"image_mean": [0.1, 0.5, 0.7], "image_std": [0.2, 0.3, 0.4]}
+
+
+def normalized_pair(model):
+    """The model with a normalisation of pictures, and the functions that do by hand what it does inside."""
+    inside = PQModel(**tiny_config(**STATISTICS)).eval()
+    inside.load_state_dict(model.state_dict())
+    mean, std = (torch.tensor(STATISTICS[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    return inside, lambda x: ((x + 1) / 2 - mean) / std, lambda x: (x * std + mean) * 2 - 1
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+@torch.no_grad()
+def test_pictures_are_normalised_inside(model, tiling, images):
+    inside, normalize, restore = normalized_pair(model)
+    for one in (model, inside):
+        one.enable_slicing()
+        one.use_tiling = tiling
+        one.tile_sample_min_size, one.tile_latent_min_size = 16, 4
+    latents = model.encode(normalize(images)).latents
+    torch.testing.assert_close(inside.encode(images).latents, latents)
+    torch.testing.assert_close(inside.decode(latents).sample, restore(model.decode(latents).sample))
+    # The zeros that the convolutions pad with are the mean colour, not grey.
+    mean = torch.tensor(STATISTICS["image_mean"]).view(3, 1, 1).expand(1, 3, 32, 32) * 2 - 1
+    constant = inside.encode(mean).latents
+    torch.testing.assert_close(constant, model.encode(torch.zeros(1, 3, 32, 32)).latents)
+
+
+@torch.no_grad()
+def test_the_normalisation_of_pictures_survives_saving_and_half_precision(model, images, tmp_path):
+    inside, _, restore = normalized_pair(model)
+    inside.save_pretrained(tmp_path)
+    loaded = PQModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(images).sample, inside(images).sample)
+    half = PQModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    sample = half.decode_codes(inside.encode_codes(images)).sample
+    assert sample.dtype == torch.bfloat16
+    torch.testing.assert_close(sample.float(), inside(images).sample, atol=0.05, rtol=0)
+
+
+def test_a_digest_tells_models_apart_that_normalise_pictures_differently(model):
+    inside, *_ = normalized_pair(model)
+    assert weights_digest(inside) != weights_digest(model)
+
+
+@pytest.mark.parametrize(
+    "statistics, message",
+    [
+        ({"image_mean": [0.5] * 3}, "must be given together, but are .* and None"),
+        ({"image_mean": [0.5] * 2, "image_std": [0.5] * 2}, "for each of the 3 colour channels, but has 2"),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5, 0.0, 0.5]}, "`image_std` must be positive"),
+    ],
+)
+def test_a_bad_normalisation_of_pictures_is_named(statistics, message):
+    with pytest.raises(ValueError, match=message):
+        PQModel(**tiny_config(**statistics))
 
 
 def test_slicing_changes_nothing(model, images):

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import diffusers
-import torch
 import torch.nn as nn
-from huggingface_hub import hf_hub_download
 
 from ..autoencoders import AUTOENCODERS, load_autoencoder
-from ..conversion import load_original_autoencoder
+from ..conversion import AUTHORS_CHECKPOINTS, AUTHORS_REPOSITORY, load_original_autoencoder
 from ..models.autoencoder_pq import PQModel
 
 
@@ -21,8 +19,6 @@ _SCORES = ("psnr", "rfid", "cmmd", "lpips_alex")
 
 _LDM_CONFIGS = "https://github.com/CompVis/latent-diffusion/blob/main/models/first_stage_models"
 _LDM_ZIPS = "https://ommer-lab.com/files/latent-diffusion"
-# Mean and standard deviation of ImageNet's colours in [0, 1], as torchvision has them.
-_IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,6 @@ class System:
         repo_id, subfolder (`str`, *optional*): Of weights on the Hub.
         files (`tuple[str, str]`, *optional*): Checkpoint and config of the original code, which `diffusers-pq convert`
             reads: names in `repo_id` or, without one, where to download them by hand.
-        normalized (`bool`): Whether the checkpoint was trained on pictures normalised with ImageNet's statistics.
         note (`str`): Where the weights come from, or why there are none that load.
     """
 
@@ -55,7 +50,6 @@ class System:
     repo_id: str | None = None
     subfolder: str | None = None
     files: tuple[str, str] | None = None
-    normalized: bool = False
     note: str = ""
 
     @property
@@ -100,10 +94,7 @@ class System:
     def _load_from_hub(self) -> nn.Module:
         if self.files is None:
             return load_pretrained(self.repo_id, **({"subfolder": self.subfolder} if self.subfolder else {}))
-        model = load_original_autoencoder(*(hf_hub_download(self.repo_id, name) for name in self.files))
-        if self.normalized:
-            normalize_pictures(model, *_IMAGENET_STATISTICS)
-        return model
+        return load_original_autoencoder(*(f"{self.repo_id}:{name}" for name in self.files))
 
 
 def _table1(scores: str) -> dict[str, str]:
@@ -114,6 +105,10 @@ def _table1(scores: str) -> dict[str, str]:
 def _table2(scores: str) -> dict[str, str]:
     """As Table 2 prints them, which begins with rFID."""
     return dict(zip(("rfid", "psnr", "cmmd", "lpips_alex"), scores.split()))
+
+
+def _checkpoint_and_config(checkpoint: str) -> tuple[str, str]:
+    return checkpoint, checkpoint.replace(".safetensors", ".yaml")
 
 
 _VQGAN = partial(System, "VQGAN", "VQ", 16, 256)
@@ -127,7 +122,7 @@ _VQGAN_LC = partial(
 )
 _LDM_KL = partial(System, "LDM VAE", "KL", codebook_size=None)
 _PQGAN = partial(System, "PQGAN", "PQ", num_subspaces=64)
-_AUTHORS_PQGAN = partial(_PQGAN, repo_id="CVL-Heidelberg/PQGAN", normalized=True, note="The authors' weights.")
+_AUTHORS_PQGAN = partial(_PQGAN, repo_id=AUTHORS_REPOSITORY, note="The authors' weights.")
 
 
 SYSTEMS = {
@@ -275,7 +270,7 @@ SYSTEMS = {
             "FFHQ": _table2("0.54 33.3 0.190 0.0138"),
             "LSUN": _table2("4.77 27.9 0.353 0.0315"),
         },
-        files=tuple(f"checkpoints/PQGAN_F16_K128_Z128_S64.{suffix}" for suffix in ("safetensors", "yaml")),
+        files=_checkpoint_and_config(AUTHORS_CHECKPOINTS["F16"]),
     ),
     "pqgan-f8": _AUTHORS_PQGAN(
         8,
@@ -286,7 +281,7 @@ SYSTEMS = {
             "FFHQ": _table2("0.13 42.1 0.021 0.0012"),
             "LSUN": _table2("0.62 38.3 0.189 0.0022"),
         },
-        files=tuple(f"checkpoints/PQGAN_F8_K512_Z128_S64.{suffix}" for suffix in ("safetensors", "yaml")),
+        files=_checkpoint_and_config(AUTHORS_CHECKPOINTS["F8"]),
     ),
 }
 """The systems by the names that `evaluate_reconstruction.py --systems` takes, in the order of Table 1."""
@@ -323,28 +318,6 @@ def load_pretrained(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Modu
     if info["missing_keys"]:
         raise ValueError(f"The weights of {pretrained_model_name_or_path} lack {info['missing_keys']}.")
     return model.eval()
-
-
-def normalize_pictures(model: PQModel, mean: tuple[float, ...], std: tuple[float, ...]):
-    """
-    Let an autoencoder that was trained on normalised pictures take and give pictures in [-1, 1].
-
-    Hooks do it, since a first convolution that held the normalisation would pad with another colour.
-
-    Args:
-        model ([`PQModel`]): Changed in place; the change is not saved with it.
-        mean, std (`tuple[float, float, float]`): Of the training pictures' colours in [0, 1].
-    """
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-
-    def normalize(module, args):
-        return (((args[0] + 1) / 2 - mean.to(args[0])) / std.to(args[0]), *args[1:])
-
-    def restore(module, args, output):
-        return (output * std.to(output) + mean.to(output)) * 2 - 1
-
-    model.encoder.register_forward_pre_hook(normalize)
-    model.decoder.register_forward_hook(restore)
 
 
 def systems_table() -> str:

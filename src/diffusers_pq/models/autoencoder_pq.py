@@ -80,9 +80,13 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         force_upcast (`bool`, *optional*, defaults to `False`):
             Makes pipelines run this model in float32 even when the rest is in float16.
         codebook_distance (`str`, *optional*, defaults to `"euclidean"`): Or `"cosine"`, see [`ProductQuantizer`].
+        image_mean, image_std (`list[float]`, *optional*):
+            Mean and standard deviation of each colour channel, of colours in [0, 1], that the networks' pictures are
+            normalised with. Pictures in [-1, 1] go in and come out all the same. `None` means [-1, 1] inside, too.
 
     Raises:
-        ValueError: if d is not divisible by S, S < 1, K < 2, or the tuples do not have one entry per level.
+        ValueError: if d is not divisible by S, S < 1, K < 2, the tuples do not have one entry per level, or
+            `image_mean` and `image_std` are not both given, with a value for each colour channel.
     """
 
     _supports_gradient_checkpointing = True
@@ -114,10 +118,13 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         latents_std: list[float] | None = None,
         force_upcast: bool = False,
         codebook_distance: str = "euclidean",
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
     ):
         super().__init__()
         _check_levels(block_out_channels, down_block_types=down_block_types, up_block_types=up_block_types)
-        _check_statistics(latent_channels, latents_mean=latents_mean, latents_std=latents_std)
+        _check_statistics(latent_channels, "latent", latents_mean=latents_mean, latents_std=latents_std)
+        _check_image_statistics(in_channels, out_channels, image_mean, image_std)
         z_channels = z_channels or latent_channels
 
         self.encoder = Encoder(
@@ -249,12 +256,12 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         Latents `[B, d, h, w]` as a denoiser sees them: normalised per channel if `latents_mean` and `latents_std` are
         set, times `scaling_factor`.
         """
-        mean, std = self._statistics(z)
+        mean, std = self._latent_statistics(z)
         return (z - mean) / std * self.config.scaling_factor
 
     def unscale_latents(self, z: torch.Tensor) -> torch.Tensor:
         """Inverse of [`~PQModel.scale_latents`], of the same shape."""
-        mean, std = self._statistics(z)
+        mean, std = self._latent_statistics(z)
         return z / self.config.scaling_factor * std + mean
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> PQModelOutput | tuple[torch.Tensor, ...]:
@@ -279,6 +286,7 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         def encode_tile(tile):
             return self.quant_conv(self.encoder(_fastest_layout(tile))).contiguous()
 
+        x = self._normalize_images(x)
         if self.use_tiling and max(x.shape[-2:]) > self.tile_sample_min_size:
             scale = 1 / self.downsampling_factor
             return blend_tiles(encode_tile, x, self.tile_sample_min_size, self.tile_overlap_factor, scale)
@@ -290,15 +298,42 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
 
         if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
             scale = self.downsampling_factor
-            return blend_tiles(decode_tile, z, self.tile_latent_min_size, self.tile_overlap_factor, scale)
-        return decode_tile(z)
+            sample = blend_tiles(decode_tile, z, self.tile_latent_min_size, self.tile_overlap_factor, scale)
+        else:
+            sample = decode_tile(z)
+        return self._denormalize_images(sample)
+
+    def _normalize_images(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        From [-1, 1] to what the encoder was trained on. Folded into its first convolution, the normalisation would
+        change the colour that the convolution pads with.
+        """
+        if self.config.image_mean is None:
+            return x
+        mean, std = self._image_statistics(x)
+        return (x * (0.5 / std) + (0.5 - mean) / std).to(x.dtype)
+
+    def _denormalize_images(self, sample: torch.Tensor) -> torch.Tensor:
+        """Inverse of `_normalize_images`."""
+        if self.config.image_mean is None:
+            return sample
+        mean, std = self._image_statistics(sample)
+        return (sample * (2 * std) + (2 * mean - 1)).to(sample.dtype)
+
+    def _image_statistics(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # In float32, so that the arithmetic in half precision is rounded once.
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=x.device).view(-1, 1, 1)
+            for values in (self.config.image_mean, self.config.image_std)
+        )
+        return mean, std
 
     def _sliced(self, function, batch: torch.Tensor) -> torch.Tensor:
         if self.use_slicing and batch.shape[0] > 1:
             return torch.cat([function(part) for part in batch.split(1)])
         return function(batch)
 
-    def _statistics(self, z: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    def _latent_statistics(self, z: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         def per_channel(values, default):
             return default if values is None else torch.tensor(values).view(1, -1, 1, 1).to(z.device, z.dtype)
 
@@ -333,13 +368,20 @@ def _check_levels(block_out_channels: tuple[int, ...], **block_types: tuple[str,
             )
 
 
-def _check_statistics(latent_channels: int, **statistics: list[float] | None):
+def _check_statistics(channels: int, kind: str, **statistics: list[float] | None):
     for name, values in statistics.items():
-        if values is not None and len(values) != latent_channels:
+        if values is not None and len(values) != channels:
             raise ValueError(
-                f"`{name}` must have one value for each of the {latent_channels} latent channels, but has "
-                f"{len(values)}."
+                f"`{name}` must have one value for each of the {channels} {kind} channels, but has {len(values)}."
             )
-    std = statistics["latents_std"]
-    if std is not None and min(std) <= 0:
-        raise ValueError(f"`latents_std` must be positive, but its smallest value is {min(std)}.")
+        if values is not None and name.endswith("_std") and not min(values) > 0:
+            raise ValueError(f"`{name}` must be positive, but its smallest value is {min(values)}.")
+
+
+def _check_image_statistics(
+    in_channels: int, out_channels: int, image_mean: list[float] | None, image_std: list[float] | None
+):
+    if (image_mean is None) != (image_std is None):
+        raise ValueError(f"`image_mean` and `image_std` must be given together, but are {image_mean} and {image_std}.")
+    for channels in (in_channels, out_channels):
+        _check_statistics(channels, "colour", image_mean=image_mean, image_std=image_std)
