@@ -25,7 +25,6 @@ quantizer_comparison.json and .md.
 import argparse
 import datetime
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -35,7 +34,6 @@ from bottlenecks import BOTTLENECKS, create_bottleneck, fit_quantizer, load_bott
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_pq import PQModel
-from diffusers_pq.autoencoders import ReconstructionModel
 from diffusers_pq.evaluation.reconstruction import (
     EvaluationData,
     check_settings,
@@ -48,7 +46,9 @@ from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import METRICS, load_metrics
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import reconstruct_picture
+from diffusers_pq.training import pqgan
 from diffusers_pq.training.initialisation import collect_latents, copy_matching_weights
+from diffusers_pq.training.run import load_train_split
 
 
 ROOT = Path(__file__).parent.parent
@@ -81,29 +81,26 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def build_model(train_pqgan, name, config, args, train_args):
-    """A model that starts from the same crops as all others, as the flags say."""
-    train_images = train_pqgan["load_split"](train_args, "train")
+def build(name, config, args, train_args):
+    """A bottleneck that starts from the same crops as all others, as the flags say."""
+    train_images = load_train_split(train_args)
     autoencoder = create_bottleneck(name, config, args.vq_codebook_size)
     torch.manual_seed(train_args.seed)
     copy_matching_weights(autoencoder, PQModel.from_config(config))  # encoder and decoder
     if train_args.weight_init == "pca":
-        train_pqgan["fit_to_images"](train_args, autoencoder, train_images)
+        pqgan.fit_to_images(train_args, autoencoder, train_images)
     if train_args.codebook_init == "kmeans" and name not in ("kl", "none"):
         # The same number for all, that of the one with the most entries.
         wanted = train_args.kmeans_vectors_per_entry * max(config["codebook_size"], args.vq_codebook_size)
-        crops = train_pqgan["first_crops"](train_args, train_images)
+        crops = pqgan.first_crops(train_args, train_images)
         fit_quantizer(autoencoder.quantizer, collect_latents(autoencoder, crops, wanted))
-    return ReconstructionModel(autoencoder)
+    return autoencoder
 
 
-def train(train_pqgan, name, config, args, train_args):
-    start = argparse.Namespace(**vars(train_args))
-    # `build_model` has seen to the start, so that it is one for all.
-    train_args.weight_init, train_args.codebook_init = "default", "normal"
+def train(name, config, args, train_args):
     if name == "none":
-        train_args.quantize_from_step = train_args.max_train_steps
-    train_pqgan["main"](train_args, lambda _: build_model(train_pqgan, name, config, args, start))
+        train_args = argparse.Namespace(**vars(train_args) | {"quantize_from_step": train_args.max_train_steps})
+    pqgan.train_pqgan(train_args, lambda: build(name, config, args, train_args))
 
 
 def evaluate_validation(accelerator, model, args, train_args):
@@ -133,11 +130,11 @@ def evaluate_photographs(model):
     return {"pictures": len(load_photographs()), "scores": scores, "unavailable": unavailable}
 
 
-def run_bottleneck(train_pqgan, name, config, args):
+def run_bottleneck(name, config, args):
     folder = args.runs_dir / name
     flags = [*args.flags, "--model_config_name_or_path", args.model_config, "--output_dir", str(folder)]
-    train_args = train_pqgan["parse_args"](flags)
-    usual = train_pqgan["parse_args"](["--model_config_name_or_path", args.model_config])
+    train_args = pqgan.parse_args(flags)
+    usual = pqgan.parse_args(["--model_config_name_or_path", args.model_config])
     if given := [flag for flag in NOT_FOR_ALL if getattr(train_args, flag) != getattr(usual, flag)]:
         raise ValueError(f"Not all bottlenecks know --{', --'.join(given)}: leave it out.")
     settings = {key: getattr(train_args, key) for key in SETTINGS}
@@ -150,7 +147,7 @@ def run_bottleneck(train_pqgan, name, config, args):
     if PartialState().is_main_process:
         write_json(folder / "settings.json", settings)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        train(train_pqgan, name, config, args, train_args)
+        train(name, config, args, train_args)
         if PartialState().num_processes > 1:
             sys.exit(f"{name} is trained. Start the same command again to go on.")
     accelerator = Accelerator()
@@ -215,10 +212,9 @@ def markdown_table(results):
 
 
 def main(args):
-    train_pqgan = runpy.run_path(str(ROOT / "training_scripts" / "train_pqgan.py"))
     config = json.loads(Path(args.model_config).read_text())
     for name in args.bottlenecks:
-        run_bottleneck(train_pqgan, name, config, args)
+        run_bottleneck(name, config, args)
         if PartialState().is_main_process:
             results = read_results(args.runs_dir)
             write_json(args.output_dir / "quantizer_comparison.json", results)

@@ -13,7 +13,6 @@ where another worker was killed. `experiments/sweep_figures.py` draws the figure
 import argparse
 import json
 import logging
-import runpy
 import shlex
 import signal
 import sys
@@ -23,6 +22,8 @@ import torch
 from sweep import Sweep, grid
 
 from diffusers_pq import PQModel, ProductQuantizer
+from diffusers_pq.evaluation.options import parse_reconstruction_args
+from diffusers_pq.training import pqgan
 
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "training_scripts"
@@ -63,7 +64,7 @@ def parse_args(argv=None):
         help="seconds without a sign of life after which a worker's configuration is taken over",
     )
     args, args.train_flags = parser.parse_known_args(argv)
-    args.train_args = runpy.run_path(str(TRAIN))["parse_args"](args.train_flags)
+    args.train_args = pqgan.parse_args(args.train_flags)
     if args.train_args.pretrained_model_name_or_path or args.train_args.dry_run or args.train_args.push_to_hub:
         parser.error("a sweep needs --model_config_name_or_path, and goes without --dry_run and --push_to_hub")
     args.evaluation_flags = [evaluation_flags(text, args.train_args) for text in args.evaluation or [""]]
@@ -83,7 +84,7 @@ def evaluation_flags(text, train_args):
         flags += [part for flag, value in given.items() if value is not None for part in (flag, value)]
         flags += ["--streaming"] if train_args.streaming else []
     model = ["--pretrained_model_name_or_path", "each"]
-    runpy.run_path(str(EVALUATE))["parse_args"]([*flags, *model])
+    parse_reconstruction_args([*flags, *model])
     return flags
 
 

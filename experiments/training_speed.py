@@ -22,10 +22,15 @@ from diffusers import VQModel
 from diffusers.optimization import get_scheduler
 
 from diffusers_pq import PatchDiscriminator, PQModel
-from diffusers_pq.autoencoders import ReconstructionModel
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
-from diffusers_pq.training.losses import adaptive_weight, hinge_discriminator_loss
-from diffusers_pq.training.trainer import AutoencoderLoss, AutoencoderTrainer, LossWeights
+from diffusers_pq.training.pqgan import (
+    AutoencoderLoss,
+    AutoencoderTrainer,
+    LossWeights,
+    ReconstructionModel,
+    adaptive_weight,
+    hinge_discriminator_loss,
+)
 
 
 WEIGHTS = LossWeights(perceptual=0.0)

@@ -9,41 +9,17 @@ Sample i is the same whatever the number of processes. A run that was stopped go
 again with the same arguments; the dataset's statistics are kept in `--reference_dir` for the next pipeline.
 """
 
-import argparse
 import json
 
 from accelerate import Accelerator
 
 from diffusers_pq.evaluation.generation import Sampling, run_generation_evaluation
+from diffusers_pq.evaluation.options import parse_generation_args
 from diffusers_pq.evaluation.reconstruction import EvaluationData
-from diffusers_pq.training.options import add_evaluation_data_arguments
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", required=True, help="folder or Hub repository")
-    model.add_argument("--revision")
-    model.add_argument("--variant")
-    model.add_argument("--name", help="of the results' folder; default: the last part of the model's path")
-    samples = parser.add_argument_group("samples")
-    samples.add_argument("--num_samples", type=int, default=5000)
-    samples.add_argument("--guidance_scale", type=float, default=1.0, help="1: without; the paper does not say")
-    samples.add_argument("--num_inference_steps", type=int, default=50)
-    samples.add_argument("--seed", type=int, default=0)
-    samples.add_argument("--batch_size", type=int, default=16, help="per process")
-    samples.add_argument("--label_column", help="draw the classes of the dataset's rows; default: all in turn")
-    data = parser.add_argument_group("data to compare with")
-    add_evaluation_data_arguments(data)
-    data.add_argument("--max_samples", type=int, help="only the first pictures")
-    data.add_argument("--streaming", action="store_true", help="read while measuring instead of downloading first")
-    data.add_argument("--cache_dir", help="of the dataset")
-    data.add_argument("--reference_dir", help="of the dataset's statistics; default: in --output_dir")
-    data.add_argument("--dataloader_num_workers", type=int, default=4, help="per process")
-    parser.add_argument("--output_dir", default="generation")
-    return parser.parse_args(argv)
+    return parse_generation_args(argv, __doc__)
 
 
 def main(args):

@@ -18,70 +18,14 @@ Runs with the same `--output_dir` share a table, `results.md`. A run that was st
 started again with the same arguments.
 """
 
-import argparse
-
 from accelerate import Accelerator
 
-from diffusers_pq.evaluation.reconstruction import RESIZE_MODES, EvaluationData, run_evaluation, write_table
-from diffusers_pq.evaluation.systems import SYSTEMS, systems_table
-from diffusers_pq.metrics import METRICS
-from diffusers_pq.training.options import add_evaluation_data_arguments
+from diffusers_pq.evaluation.options import parse_reconstruction_args
+from diffusers_pq.evaluation.reconstruction import EvaluationData, run_evaluation, write_table
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    model = parser.add_argument_group("model")
-    which = model.add_mutually_exclusive_group(required=True)
-    which.add_argument("--pretrained_model_name_or_path", help="folder or Hub repository")
-    which.add_argument(
-        "--systems",
-        nargs="+",
-        metavar="NAME[=FOLDER]",
-        help="of Tables 1 and 2, from the Hub or a converted folder; the paper's scores are printed beside",
-    )
-    model.add_argument(
-        "--list_systems", action="version", version=systems_table(), help="print what --systems knows, and exit"
-    )
-    model.add_argument("--subfolder", help='of the model, "vae" of a pipeline')
-    model.add_argument("--revision")
-    model.add_argument("--variant")
-    model.add_argument("--name", help="of the model in the table; default: the last part of its path")
-    data = parser.add_argument_group("data")
-    add_evaluation_data_arguments(data)
-    data.add_argument(
-        "--resize_mode",
-        choices=RESIZE_MODES,
-        default="crop",
-        help="to a square: resize the short side and take the centre, or resize to a square as the paper's authors do",
-    )
-    data.add_argument(
-        "--image_interpolation_mode",
-        choices=("bicubic", "bilinear", "box", "lanczos"),
-        default="bicubic",
-        help="filter of the resizing",
-    )
-    data.add_argument("--max_samples", type=int, help="only the first; the paper: 10000 of FFHQ, 3000 of LSUN")
-    data.add_argument("--streaming", action="store_true", help="read while evaluating instead of downloading first")
-    data.add_argument("--cache_dir", help="of the dataset")
-    run = parser.add_argument_group("run")
-    run.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
-    run.add_argument("--batch_size", type=int, default=16, help="per process")
-    run.add_argument("--dataloader_num_workers", type=int, default=4, help="per process")
-    run.add_argument("--checkpointing_steps", type=int, default=50, help="batches between two savings")
-    run.add_argument("--output_dir", default="evaluation")
-    args = parser.parse_args(argv)
-    args.systems = dict(_named_system(parser, entry) for entry in args.systems or ())
-    return args
-
-
-def _named_system(parser, entry):
-    """The name of a system and what to load it from."""
-    name, _, folder = entry.partition("=")
-    if name not in SYSTEMS:
-        parser.error(f"--systems {name} is not known; known are {', '.join(SYSTEMS)}")
-    return name, folder or name
+    return parse_reconstruction_args(argv, __doc__)
 
 
 def main(args):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,22 +14,6 @@ from .models.autoencoder_pq import PQModel
 
 
 AUTOENCODERS = {"PQModel": PQModel, "AutoencoderKL": AutoencoderKL}
-
-
-@dataclass
-class Reconstruction:
-    """
-    Args:
-        sample (`torch.Tensor` of shape `(B, 3, H, W)`): The reconstruction, about [-1, 1].
-        regularisation (`torch.Tensor`, scalar): Codebook and commitment loss of Eq. 1, or the KL divergence.
-        codes (`torch.LongTensor` of shape `(B, S, h, w)`, *optional*): The codes, `None` without a quantiser.
-        latents (`torch.Tensor` of shape `(B, d, h, w)`, *optional*): z_e, detached, where there are codes.
-    """
-
-    sample: torch.Tensor
-    regularisation: torch.Tensor
-    codes: torch.LongTensor | None = None
-    latents: torch.Tensor | None = None
 
 
 def autoencoder_class(path_or_repo: str, **hub_kwargs) -> type:
@@ -205,38 +188,3 @@ def set_latent_statistics(vae: nn.Module, batches: Iterable[torch.Tensor]):
         variance = squares.sum() / (count * len(mean)) - mean.mean().square()
         shift = {"shift_factor": None} if "shift_factor" in vae.config else {}
         vae.register_to_config(**shift, scaling_factor=float(variance.rsqrt()))
-
-
-class ReconstructionModel(nn.Module):
-    """
-    Wraps an autoencoder so that one forward gives all that a training step needs; DDP then sees a single forward.
-
-    Args:
-        autoencoder: a [`PQModel`] or [`AutoencoderKL`].
-    """
-
-    def __init__(self, autoencoder: nn.Module):
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def forward(self, images: torch.Tensor, quantize: bool = True) -> Reconstruction:
-        """
-        Args:
-            images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
-            quantize (`bool`): `False` decodes z_e itself, with a codebook loss of zero.
-        """
-        if isinstance(self.autoencoder, AutoencoderKL):
-            return self._reconstruct_kl(images)
-        latents = self.autoencoder.encode(images).latents
-        if not quantize:
-            sample = self.autoencoder.decode(latents, quantize=False).sample
-            # Zero, but touches the codebooks: every parameter of a DDP model must receive a gradient.
-            return Reconstruction(sample, 0.0 * self.autoencoder.quantizer.codebooks.sum())
-        quantized = self.autoencoder.quantize(latents)
-        sample = self.autoencoder.decode(quantized.latents, quantize=False).sample
-        return Reconstruction(sample, quantized.loss, quantized.codes, latents.detach())
-
-    def _reconstruct_kl(self, images: torch.Tensor) -> Reconstruction:
-        posterior = self.autoencoder.encode(images).latent_dist
-        latents = posterior.sample() if self.training else posterior.mode()
-        return Reconstruction(self.autoencoder.decode(latents).sample, posterior.kl().mean())

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler
 
 from diffusers_pq import LatentDiffusionPQPipeline, PQModel
 from diffusers_pq.models.class_conditioning import create_class_conditional_denoiser
-from diffusers_pq.training.schedules import create_scheduler
+from diffusers_pq.training.noise import create_scheduler
 
 
 NAMES = {0: "crane, bird", 1: "crane, machine", 2: "tench, Tinca tinca"}

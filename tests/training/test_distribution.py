@@ -14,11 +14,9 @@ from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
 from diffusers_pq import PQModel
-from diffusers_pq.autoencoders import ReconstructionModel
 from diffusers_pq.data.pictures import load_images, usable_rows
 from diffusers_pq.training.codebooks import EMACodebooks
-from diffusers_pq.training.trainer import AutoencoderLoss, LossWeights
-from diffusers_pq.training.validation import ReconstructionValidation
+from diffusers_pq.training.pqgan import AutoencoderLoss, LossWeights, ReconstructionModel, ReconstructionValidation
 
 
 def learn(accelerator):

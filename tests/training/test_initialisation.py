@@ -4,8 +4,8 @@ from conftest import tiny_config
 from diffusers import AutoencoderKL
 
 from diffusers_pq import PQModel, ProductQuantizer
-from diffusers_pq.autoencoders import ReconstructionModel
 from diffusers_pq.training.initialisation import collect_latents, kmeans_codebooks, pca_init
+from diffusers_pq.training.pqgan import ReconstructionModel
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, PNDMScheduler
 
-from diffusers_pq.training.noise import draw_timesteps
-from diffusers_pq.training.schedules import adapt_schedule, create_scheduler, latent_shift
+from diffusers_pq.training.noise import adapt_schedule, create_scheduler, draw_timesteps, latent_shift
 
 
 def signal_to_noise(scheduler):

@@ -27,14 +27,14 @@ from diffusers_pq.models.class_conditioning import (
     predict,
     token_dimension,
 )
+from diffusers_pq.training.denoiser import ClassConditionalDenoiser
 from diffusers_pq.training.noise import (
-    ClassConditionalDenoiser,
     add_noise,
+    create_scheduler,
     denoising_loss,
     draw_timesteps,
     predicted_latents,
 )
-from diffusers_pq.training.schedules import create_scheduler
 
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,8 @@ from scripts import run_script
 from diffusers_pq import PQModel, StableDiffusionPQPipeline, widen_unet
 from diffusers_pq.autoencoders import channel_weights, encode_latents, scale_latents, set_latent_statistics
 from diffusers_pq.data.latent_cache import load_cached_codes, pack_codes, unpack_codes
-from diffusers_pq.training.noise import Stage, denoising_loss, find_stage
+from diffusers_pq.training.denoiser import Stage, find_stage
+from diffusers_pq.training.noise import denoising_loss
 from diffusers_pq.training.stable_diffusion import train_clip_tokenizer
 
 

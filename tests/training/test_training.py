@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from scripts import run_script, start_script
 
 from diffusers_pq import PatchDiscriminator, PQModel
-from diffusers_pq.autoencoders import ReconstructionModel, load_autoencoder
+from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.training.checkpoints import (
     checkpoint_step,
     find_checkpoint,
@@ -32,9 +32,17 @@ from diffusers_pq.training.checkpoints import (
 )
 from diffusers_pq.training.codebooks import EMACodebooks
 from diffusers_pq.training.initialisation import copy_matching_weights
-from diffusers_pq.training.losses import adaptive_weight, hinge_discriminator_loss, load_perceptual_loss
-from diffusers_pq.training.run import whole_module
-from diffusers_pq.training.trainer import AutoencoderLoss, AutoencoderTrainer, FiniteSteps, LossWeights
+from diffusers_pq.training.pqgan import (
+    AutoencoderLoss,
+    AutoencoderTrainer,
+    LossWeights,
+    ReconstructionModel,
+    adaptive_weight,
+    build_discriminator,
+    hinge_discriminator_loss,
+    load_perceptual_loss,
+)
+from diffusers_pq.training.run import FiniteSteps, whole_module
 
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts" / "train_pqgan.py"
@@ -285,10 +293,10 @@ def test_fine_tuning_goes_on_with_the_discriminator_of_the_pretrained_model(tmp_
     trained.save_pretrained(tmp_path / "discriminator")
     script = runpy.run_path(str(SCRIPT))
     source = ("--pretrained_model_name_or_path", str(tmp_path))
-    loaded = script["build_discriminator"](script["parse_args"](source))
+    loaded = build_discriminator(script["parse_args"](source))
     assert loaded.training
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in trained.state_dict().items())
-    assert script["build_discriminator"](script["parse_args"]((*source, "--discriminator_weight", "0"))) is None
+    assert build_discriminator(script["parse_args"]((*source, "--discriminator_weight", "0"))) is None
 
 
 def test_takes_the_backbone_of_another_kind_of_autoencoder(workspace):

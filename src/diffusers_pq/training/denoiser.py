@@ -1,31 +1,275 @@
-"""The run of a denoiser on latents, whatever it is conditioned on: what `train_pqsd.py` and `train_ldm.py` share."""
+"""How a denoiser is trained on latents, whatever it is conditioned on: its stages, optimisation steps and the run."""
 
 import argparse
 import logging
 import math
+import os
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
-import datasets
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import EMAModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.utils import get_peft_model_state_dict
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from ..autoencoders import channel_weights, encode_latents, scale_latents, set_latent_statistics
 from ..data.latent_cache import load_cached_codes
 from ..data.loaders import build_train_loader, change_data, first_batches
-from ..data.pictures import ClassLabels, ConditionedCrops, Prompts, load_images, usable_rows
-from .noise import DenoiserTrainer, Stage, find_stage
-from .run import TrainingRun, build_lr_scheduler, dry_run
-from .validation import DenoisingValidation, ema_weights
+from ..data.pictures import ClassLabels, ConditionedCrops, Prompts, usable_rows
+from ..models.class_conditioning import predict
+from .noise import denoising_loss
+from .run import (
+    FiniteSteps,
+    TrainingRun,
+    build_ema,
+    build_lr_scheduler,
+    complete_step,
+    dry_run,
+    ema_weights,
+    load_split,
+    load_train_split,
+    share_out,
+)
 
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stage:
+    """
+    A part of a run with settings of its own (a row of Table 4).
+
+    Args:
+        resolution (`int`): Side of the square pictures, in pixels.
+        steps (`int`): Optimisation steps.
+        learning_rate (`float`)
+        trained (`str`): `"conv"`, only the first and last convolution, or `"all"`.
+    """
+
+    resolution: int
+    steps: int
+    learning_rate: float
+    trained: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Stage":
+        """
+        A stage as a recipe writes it, such as `384:20000:8e-5:conv`.
+
+        Raises:
+            ValueError: if there are not four parts, or a part is not what it should be.
+        """
+        parts = text.split(":")
+        if len(parts) != 4 or parts[3] not in ("conv", "all"):
+            raise ValueError(f"a stage is RESOLUTION:STEPS:LEARNING_RATE:conv or ...:all, but one is {text!r}")
+        return cls(int(parts[0]), int(parts[1]), float(parts[2]), parts[3])
+
+    def __str__(self) -> str:
+        return f"{self.resolution}:{self.steps}:{self.learning_rate}:{self.trained}"
+
+
+def find_stage(stages: list[Stage], step: int) -> Stage:
+    """The stage that goes on after `step` steps of the run; beyond the last one, the last."""
+    for stage, end in zip(stages, accumulate(stage.steps for stage in stages)):
+        if step < end:
+            return stage
+    return stages[-1]
+
+
+class ConditionalDenoiser(nn.Module):
+    """
+    A text-conditioned UNet and its text encoder, so that one forward gives all that a training step needs.
+
+    Args:
+        unet (`UNet2DConditionModel`)
+        text_encoder (`CLIPTextModel`)
+        train_text_encoder (`bool`)
+    """
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module, train_text_encoder: bool = False):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder.requires_grad_(train_text_encoder)
+        self.train_text_encoder = train_text_encoder
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.LongTensor, input_ids: torch.LongTensor) -> torch.Tensor:
+        """The prediction for noisy latents, both `[B, d, h, w]`, at timesteps `[B]`, given token ids `[B, L]`."""
+        return self.unet(noisy, timesteps, self.text_encoder(input_ids)[0]).sample
+
+    def train_only(self, trained: str):
+        """Let gradients reach the first and last convolution only (`"conv"`), or all that is learned (`"all"`)."""
+        self.unet.requires_grad_(False)
+        for name, parameter in self._learned_in_unet():
+            parameter.requires_grad_(trained == "all" or _is_outer_convolution(name))
+
+    def learned_parameters(self) -> list[nn.Parameter]:
+        """Those that some stage trains."""
+        learned = [parameter for _, parameter in self._learned_in_unet()]
+        return learned + (list(self.text_encoder.parameters()) if self.train_text_encoder else [])
+
+    def _learned_in_unet(self) -> list[tuple[str, nn.Parameter]]:
+        """All of the UNet; with LoRA layers in it, these and the first and last convolution."""
+        named = list(self.unet.named_parameters())
+        if not any("lora_" in name for name, _ in named):
+            return named
+        return [(name, parameter) for name, parameter in named if "lora_" in name or _is_outer_convolution(name)]
+
+
+def _is_outer_convolution(name: str) -> bool:
+    return name.startswith(("conv_in.", "conv_out."))
+
+
+class ClassConditionalDenoiser(nn.Module):
+    """
+    A denoiser that is given class labels.
+
+    Args:
+        denoiser (`UNet2DConditionModel` or `DiTTransformer2DModel`): See [`create_class_conditional_denoiser`].
+    """
+
+    def __init__(self, denoiser: nn.Module):
+        super().__init__()
+        self.denoiser = denoiser
+        for module in denoiser.modules():
+            if isinstance(module, LabelEmbedding):
+                # Each block of DiT would drop labels for itself, so that hardly a sample were without one in all.
+                module.dropout_prob = 0.0
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """The prediction for noisy latents, both `[B, d, h, w]`, at timesteps `[B]`, given labels `[B]`."""
+        return predict(self.denoiser, noisy, timesteps, labels)
+
+    def learned_parameters(self) -> list[nn.Parameter]:
+        return list(self.denoiser.parameters())
+
+
+def save_lora(unet: nn.Module, pipeline_class: type, folder: str | os.PathLike):
+    """
+    Write a UNet's LoRA layers, with its first and last convolution in full, for `load_lora_weights` of our pipelines.
+
+    Args:
+        unet (`UNet2DConditionModel`): With an adapter of peft.
+        pipeline_class: The pipeline that the adapter is for.
+        folder: Gets a `pytorch_lora_weights.safetensors`.
+    """
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    convolutions = {name: value for name, value in unet.state_dict().items() if _is_outer_convolution(name)}
+    pipeline_class.save_lora_weights(folder, unet_lora_layers=layers | convolutions)
+
+
+class DenoiserTrainer:
+    """
+    A denoiser and what a step does with it.
+
+    Args:
+        accelerator (`Accelerator`)
+        denoiser, optimizer, lr_scheduler: Prepared by the accelerator.
+        scheduler: See [`denoising_loss`].
+        snr_gamma (`float`, *optional*): See [`denoising_loss`].
+        max_grad_norm (`float`, *optional*): See [`FiniteSteps`].
+        max_skipped_steps (`int`): See [`FiniteSteps`].
+        ema (`EMAModel`, *optional*): Of the denoiser's `learned_parameters`.
+        channel_weights (`torch.Tensor`, *optional*): See [`denoising_loss`].
+        weighting_scheme (`str`): See [`draw_timesteps`].
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        denoiser: nn.Module,
+        optimizer,
+        lr_scheduler,
+        scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
+        snr_gamma: float | None = None,
+        max_grad_norm: float | None = None,
+        max_skipped_steps: int = 10,
+        ema: EMAModel | None = None,
+        channel_weights: torch.Tensor | None = None,
+        weighting_scheme: str = "none",
+    ):
+        self.accelerator = accelerator
+        self.denoiser, self.optimizer, self.lr_scheduler = denoiser, optimizer, lr_scheduler
+        self.scheduler = scheduler
+        self.weighting = {"snr_gamma": snr_gamma, "channel_weights": channel_weights}
+        self.weighting |= {"weighting_scheme": weighting_scheme}
+        self.steps = FiniteSteps(accelerator, max_grad_norm, max_skipped_steps)
+        self.ema = ema
+
+    def step(self, latents: torch.Tensor, condition: torch.Tensor) -> dict[str, torch.Tensor] | None:
+        """Learn from one batch of latents; returns what to log, `None` while gradients are being accumulated."""
+        with self.accelerator.accumulate(self.denoiser):
+            loss = denoising_loss(self.denoiser, self.scheduler, latents, condition, **self.weighting).mean()
+            self.accelerator.backward(loss)
+            self.steps.step(self.optimizer, self.denoiser.parameters())
+            self.lr_scheduler.step()
+        if not self.accelerator.sync_gradients:
+            return None
+        if self.ema is not None:
+            self.ema.step(self.accelerator.unwrap_model(self.denoiser).learned_parameters())
+        return {"loss": loss.detach()}
+
+
+class DenoisingValidation:
+    """
+    Measures the denoising loss on held-out pictures, with the same noise and timesteps each time.
+
+    Args:
+        accelerator (`Accelerator`): The pictures are shared out among its processes.
+        rows (`list[dict]`): What [`usable_rows`] returns, the same in every process.
+        transform: Makes an example from a row and a `random.Random`, such as [`ConditionedCrops`].
+        vae: See [`encode_latents`].
+        scheduler: See [`denoising_loss`].
+        batch_size (`int`): Per process.
+        channel_weights (`torch.Tensor`, *optional*): See [`denoising_loss`].
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        rows: list[dict],
+        transform: Callable,
+        vae: nn.Module,
+        scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
+        batch_size: int,
+        channel_weights: torch.Tensor | None = None,
+    ):
+        self.accelerator = accelerator
+        self.vae = vae
+        self.channel_weights = channel_weights
+        self.scheduler = scheduler
+        rows, self.count = share_out(rows, accelerator)
+        examples = [transform(row, random.Random(number)) for number, row in enumerate(rows)]
+        self.loader = DataLoader(examples, batch_size=batch_size)
+
+    @torch.no_grad()
+    def evaluate(self, denoiser: nn.Module) -> dict[str, float]:
+        """The mean `loss` of a denoiser, prepared or bare; to be called by all processes."""
+        device = self.accelerator.device
+        generator = torch.Generator().manual_seed(self.accelerator.process_index)
+        mean = MeanMetric().to(device)
+        was_training = denoiser.training
+        denoiser.eval()
+        remaining = self.count
+        for batch in self.loader:
+            latents = scale_latents(self.vae, encode_latents(self.vae, batch["pixel_values"]))
+            condition = batch["condition"].to(device)
+            weights = {"channel_weights": self.channel_weights}
+            losses = denoising_loss(denoiser, self.scheduler, latents, condition, **weights, generator=generator)
+            mean.update(losses[:remaining])
+            remaining = max(0, remaining - len(losses))
+        denoiser.train(was_training)
+        return {"loss": float(mean.compute())}
 
 
 @dataclass
@@ -68,7 +312,7 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, run: Trai
     Train, validate, keep checkpoints and write the trained model; or do a dry run. To be called by all processes.
 
     Args:
-        args (`argparse.Namespace`): With the flags of `arguments.py`.
+        args (`argparse.Namespace`): With the flags of `options.py`.
         accelerator (`Accelerator`)
         run ([`TrainingRun`])
         task ([`DenoiserTask`])
@@ -94,13 +338,11 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, run: Trai
         dry_run(args, accelerator, task.parts, [trainer.optimizer], lambda: _take_step(trainer, task.vae, batches))
         return
     validation = _build_validation(args, accelerator, task)
-    run.start()
+    run.start(trainer.ema)
     vae_folder = Path(args.output_dir, "vae")
     is_there = run.checkpoint is not None and saved_autoencoder(args, run).resolve() == vae_folder.resolve()
     if accelerator.is_main_process and not is_there:
         task.vae.save_pretrained(vae_folder)
-    if trainer.ema is not None:
-        trainer.ema.to(accelerator.device)  # a resumed average comes on the CPU
 
     batches = iter(loader)
     while not run.is_finished:
@@ -134,22 +376,6 @@ def saved_autoencoder(args: argparse.Namespace, run: TrainingRun) -> Path:
     return beside if beside.is_dir() else Path(args.output_dir, "vae")
 
 
-def load_split(
-    args: argparse.Namespace, split: str, column: str
-) -> datasets.Dataset | datasets.IterableDataset | None:
-    """A split with the pictures and one more column; see [`load_images`]."""
-    source = args.dataset_name, args.train_data_dir, args.image_column, split
-    return load_images(*source, args.dataset_config_name, args.cache_dir, args.streaming, other_columns=(column,))
-
-
-def load_train_split(args: argparse.Namespace, column: str) -> datasets.Dataset | datasets.IterableDataset:
-    """[`load_split`] of what is trained on; a `ValueError` if there is none."""
-    images = load_split(args, "train", column)
-    if images is None:
-        raise ValueError("The dataset has no `train` split.")
-    return images
-
-
 def load_training_data(args: argparse.Namespace, task: DenoiserTask, resolution: int) -> tuple:
     """The rows to train on at a resolution, and the transform that makes examples of them."""
     if args.latents_dir:
@@ -163,17 +389,6 @@ def check_resolution(name: str, resolution: int, factor: int):
     """Raise a `ValueError` if pictures of this side have no whole latents; `name` is that of the flag."""
     if resolution % factor:
         raise ValueError(f"{name}: {resolution} must be a multiple of the downsampling factor F = {factor}.")
-
-
-def prepare_model(args: argparse.Namespace, model: nn.Module) -> nn.Module:
-    """A diffusers model in training mode, with what the flags on memory and speed ask for."""
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if args.compile:
-        model.compile()
-    return model.train()
 
 
 def paint_each(args: argparse.Namespace, model: nn.Module, pipeline: Callable, inputs: list) -> torch.Tensor:
@@ -214,8 +429,7 @@ def _build_trainer(args, accelerator, task) -> DenoiserTrainer:
     ema = None
     if args.use_ema:
         learned = accelerator.unwrap_model(prepared[0]).learned_parameters()
-        ema = EMAModel(learned, decay=args.ema_decay, use_ema_warmup=True)
-        ema.to(accelerator.device)
+        ema = build_ema(args, accelerator, learned)
         accelerator.register_for_checkpointing(ema)
     return DenoiserTrainer(
         accelerator,
@@ -279,14 +493,13 @@ def _build_validation(args, accelerator, task) -> DenoisingValidation | None:
 
 
 def _take_step(trainer, vae, batches) -> dict[str, torch.Tensor]:
-    """Batches until an optimisation step is complete; returns its logs."""
-    while True:
+    def learn():
         batch = next(batches)
         # Not in mixed precision: the latents are those that `encode_dataset.py` writes.
         latents = scale_latents(vae, _latents_of(vae, batch))
-        logs = trainer.step(latents, batch["condition"].to(latents.device))
-        if logs is not None:
-            return logs
+        return trainer.step(latents, batch["condition"].to(latents.device))
+
+    return complete_step(learn)
 
 
 def _validate(run, trainer, task, validation):

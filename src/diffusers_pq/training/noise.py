@@ -1,144 +1,108 @@
-"""Optimisation steps of a denoiser on latents: epsilon or v prediction or flow matching, as its scheduler says."""
+"""Noise in latents: schedules for latents of any size, what a denoiser is to predict, and its loss."""
 
-import os
-from dataclasses import dataclass
-from itertools import accumulate
+import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from accelerate import Accelerator
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.models.embeddings import LabelEmbedding
-from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling, compute_snr
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft.utils import get_peft_model_state_dict
-
-from ..models.class_conditioning import predict
-from .trainer import FiniteSteps
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
 
-@dataclass
-class Stage:
+# Values in the latents that the unshifted schedules suit: 32 x 32 x 4, those of a 256 px picture in LDM.
+BASE_DIMENSION = 32 * 32 * 4
+# LDM's: linear in the square root of beta.
+_LDM_BETAS = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
+
+
+def latent_shift(latent_channels: int, height: int, width: int, base_dimension: int = BASE_DIMENSION) -> float:
     """
-    A part of a run with settings of its own (a row of Table 4).
+    The shift for latents of n = d h w values: sqrt(n / n_0), where n_0 is the `base_dimension` of latents that the
+    unshifted schedule suits.
+
+    The more values show the same picture, the more noise it takes to hide it. Hoogeboom et al. (2023, "simple
+    diffusion") divide the signal-to-noise ratio by the ratio of the numbers of pixels; Esser et al. (2024, Stable
+    Diffusion 3, Eq. 23) shift timesteps by its square root, which is the same; Zheng et al. (2025, "Diffusion
+    Transformers with Representation Autoencoders") count the channels as well, since with many the same holds.
+    """
+    return math.sqrt(latent_channels * height * width / base_dimension)
+
+
+def shifted_betas(betas: torch.Tensor, shift: float) -> torch.Tensor:
+    """
+    Betas `[T]` of a schedule whose signal-to-noise ratio at each timestep is 1 / shift^2 of that of the given ones;
+    float64.
+    """
+    alphas_cumprod = (1 - betas.double()).cumprod(0)
+    shifted = alphas_cumprod / (alphas_cumprod + shift**2 * (1 - alphas_cumprod))
+    previous = torch.cat([shifted.new_ones(1), shifted[:-1]])
+    return 1 - shifted / previous
+
+
+def adapt_schedule(
+    scheduler: SchedulerMixin, shift: float = 1.0, rescale_betas_zero_snr: bool = False
+) -> DDIMScheduler:
+    """
+    The scheduler to adapt a diffusion model with: that of the model, with more noise for larger latents.
 
     Args:
-        resolution (`int`): Side of the square pictures, in pixels.
-        steps (`int`): Optimisation steps.
-        learning_rate (`float`)
-        trained (`str`): `"conv"`, only the first and last convolution, or `"all"`.
+        scheduler (`SchedulerMixin`): The model's, with betas; any that its config can make a DDIMScheduler of.
+        shift (`float`): See [`latent_shift`]; 1 shifts nothing.
+        rescale_betas_zero_snr (`bool`): End in pure noise (Lin et al., 2024).
+
+    Raises:
+        ValueError: if epsilon is to be predicted where there is nothing but noise.
     """
-
-    resolution: int
-    steps: int
-    learning_rate: float
-    trained: str
-
-    @classmethod
-    def parse(cls, text: str) -> "Stage":
-        """
-        A stage as a recipe writes it, such as `384:20000:8e-5:conv`.
-
-        Raises:
-            ValueError: if there are not four parts, or a part is not what it should be.
-        """
-        parts = text.split(":")
-        if len(parts) != 4 or parts[3] not in ("conv", "all"):
-            raise ValueError(f"a stage is RESOLUTION:STEPS:LEARNING_RATE:conv or ...:all, but one is {text!r}")
-        return cls(int(parts[0]), int(parts[1]), float(parts[2]), parts[3])
-
-    def __str__(self) -> str:
-        return f"{self.resolution}:{self.steps}:{self.learning_rate}:{self.trained}"
+    # Latents have no bounds to be clipped to; DDIM's default is that of pixels.
+    adapted = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    changes = {}
+    if shift != 1:
+        # To the end: after a shift, even the first timestep has noise to be seen.
+        changes |= {"trained_betas": shifted_betas(adapted.betas, shift).tolist(), "set_alpha_to_one": True}
+    if rescale_betas_zero_snr:
+        _check_prediction_type(adapted.config.prediction_type)
+        # From the last timestep, as Lin et al. ask.
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return DDIMScheduler.from_config(adapted.config, **changes)
 
 
-def find_stage(stages: list[Stage], step: int) -> Stage:
-    """The stage that goes on after `step` steps of the run; beyond the last one, the last."""
-    for stage, end in zip(stages, accumulate(stage.steps for stage in stages)):
-        if step < end:
-            return stage
-    return stages[-1]
+def _check_prediction_type(prediction_type: str):
+    if prediction_type == "epsilon":
+        raise ValueError(
+            "`rescale_betas_zero_snr` needs `prediction_type` v_prediction: from epsilon, no picture can be told at "
+            "the last timestep."
+        )
 
 
-class ConditionalDenoiser(nn.Module):
+def create_scheduler(
+    objective: str, prediction_type: str = "epsilon", shift: float = 1.0, rescale_betas_zero_snr: bool = False
+) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """
-    A text-conditioned UNet and its text encoder, so that one forward gives all that a training step needs.
+    The scheduler to train and to sample with; its config holds all that is set here.
 
     Args:
-        unet (`UNet2DConditionModel`)
-        text_encoder (`CLIPTextModel`)
-        train_text_encoder (`bool`)
+        objective (`str`): `"diffusion"`, with LDM's schedule, or `"flow_matching"`.
+        prediction_type (`str`): `"epsilon"` or `"v_prediction"`, of diffusion.
+        shift (`float`): See [`latent_shift`]; 1 shifts nothing.
+        rescale_betas_zero_snr (`bool`): End diffusion in pure noise (Lin et al., 2024).
+
+    Raises:
+        ValueError: if epsilon is to be predicted where there is nothing but noise.
     """
-
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module, train_text_encoder: bool = False):
-        super().__init__()
-        self.unet = unet
-        self.text_encoder = text_encoder.requires_grad_(train_text_encoder)
-        self.train_text_encoder = train_text_encoder
-
-    def forward(self, noisy: torch.Tensor, timesteps: torch.LongTensor, input_ids: torch.LongTensor) -> torch.Tensor:
-        """The prediction for noisy latents, both `[B, d, h, w]`, at timesteps `[B]`, given token ids `[B, L]`."""
-        return self.unet(noisy, timesteps, self.text_encoder(input_ids)[0]).sample
-
-    def train_only(self, trained: str):
-        """Let gradients reach the first and last convolution only (`"conv"`), or all that is learned (`"all"`)."""
-        self.unet.requires_grad_(False)
-        for name, parameter in self._learned_in_unet():
-            parameter.requires_grad_(trained == "all" or _is_outer_convolution(name))
-
-    def learned_parameters(self) -> list[nn.Parameter]:
-        """Those that some stage trains."""
-        learned = [parameter for _, parameter in self._learned_in_unet()]
-        return learned + (list(self.text_encoder.parameters()) if self.train_text_encoder else [])
-
-    def _learned_in_unet(self) -> list[tuple[str, nn.Parameter]]:
-        """All of the UNet; with LoRA layers in it, these and the first and last convolution."""
-        named = list(self.unet.named_parameters())
-        if not any("lora_" in name for name, _ in named):
-            return named
-        return [(name, parameter) for name, parameter in named if "lora_" in name or _is_outer_convolution(name)]
-
-
-def _is_outer_convolution(name: str) -> bool:
-    return name.startswith(("conv_in.", "conv_out."))
-
-
-class ClassConditionalDenoiser(nn.Module):
-    """
-    A denoiser that is given class labels.
-
-    Args:
-        denoiser (`UNet2DConditionModel` or `DiTTransformer2DModel`): See [`create_class_conditional_denoiser`].
-    """
-
-    def __init__(self, denoiser: nn.Module):
-        super().__init__()
-        self.denoiser = denoiser
-        for module in denoiser.modules():
-            if isinstance(module, LabelEmbedding):
-                # Each block of DiT would drop labels for itself, so that hardly a sample were without one in all.
-                module.dropout_prob = 0.0
-
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-        """The prediction for noisy latents, both `[B, d, h, w]`, at timesteps `[B]`, given labels `[B]`."""
-        return predict(self.denoiser, noisy, timesteps, labels)
-
-    def learned_parameters(self) -> list[nn.Parameter]:
-        return list(self.denoiser.parameters())
-
-
-def save_lora(unet: nn.Module, pipeline_class: type, folder: str | os.PathLike):
-    """
-    Write a UNet's LoRA layers, with its first and last convolution in full, for `load_lora_weights` of our pipelines.
-
-    Args:
-        unet (`UNet2DConditionModel`): With an adapter of peft.
-        pipeline_class: The pipeline that the adapter is for.
-        folder: Gets a `pytorch_lora_weights.safetensors`.
-    """
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    convolutions = {name: value for name, value in unet.state_dict().items() if _is_outer_convolution(name)}
-    pipeline_class.save_lora_weights(folder, unet_lora_layers=layers | convolutions)
+    if objective == "flow_matching":
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    if rescale_betas_zero_snr:
+        _check_prediction_type(prediction_type)
+    schedule = _LDM_BETAS
+    if shift != 1:
+        schedule = {"trained_betas": shifted_betas(DDIMScheduler(**_LDM_BETAS).betas, shift).tolist()}
+    return DDIMScheduler(
+        **schedule,
+        clip_sample=False,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=rescale_betas_zero_snr,
+        timestep_spacing="trailing",  # begins at the last timestep, as Lin et al. (2024) ask
+    )
 
 
 def draw_timesteps(
@@ -255,55 +219,3 @@ def denoising_loss(
     snr = compute_snr(scheduler, timesteps)
     offset = 1 if scheduler.config.prediction_type == "v_prediction" else 0
     return loss * snr.clamp(max=snr_gamma) / (snr + offset).clamp(min=1e-8)
-
-
-class DenoiserTrainer:
-    """
-    A denoiser and what a step does with it.
-
-    Args:
-        accelerator (`Accelerator`)
-        denoiser, optimizer, lr_scheduler: Prepared by the accelerator.
-        scheduler: See [`denoising_loss`].
-        snr_gamma (`float`, *optional*): See [`denoising_loss`].
-        max_grad_norm (`float`, *optional*): See [`FiniteSteps`].
-        max_skipped_steps (`int`): See [`FiniteSteps`].
-        ema (`EMAModel`, *optional*): Of the denoiser's `learned_parameters`.
-        channel_weights (`torch.Tensor`, *optional*): See [`denoising_loss`].
-        weighting_scheme (`str`): See [`draw_timesteps`].
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        denoiser: nn.Module,
-        optimizer,
-        lr_scheduler,
-        scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
-        snr_gamma: float | None = None,
-        max_grad_norm: float | None = None,
-        max_skipped_steps: int = 10,
-        ema: EMAModel | None = None,
-        channel_weights: torch.Tensor | None = None,
-        weighting_scheme: str = "none",
-    ):
-        self.accelerator = accelerator
-        self.denoiser, self.optimizer, self.lr_scheduler = denoiser, optimizer, lr_scheduler
-        self.scheduler = scheduler
-        self.weighting = {"snr_gamma": snr_gamma, "channel_weights": channel_weights}
-        self.weighting |= {"weighting_scheme": weighting_scheme}
-        self.steps = FiniteSteps(accelerator, max_grad_norm, max_skipped_steps)
-        self.ema = ema
-
-    def step(self, latents: torch.Tensor, condition: torch.Tensor) -> dict[str, torch.Tensor] | None:
-        """Learn from one batch of latents; returns what to log, `None` while gradients are being accumulated."""
-        with self.accelerator.accumulate(self.denoiser):
-            loss = denoising_loss(self.denoiser, self.scheduler, latents, condition, **self.weighting).mean()
-            self.accelerator.backward(loss)
-            self.steps.step(self.optimizer, self.denoiser.parameters())
-            self.lr_scheduler.step()
-        if not self.accelerator.sync_gradients:
-            return None
-        if self.ema is not None:
-            self.ema.step(self.accelerator.unwrap_model(self.denoiser).learned_parameters())
-        return {"loss": loss.detach()}

@@ -40,17 +40,6 @@ def add_data_arguments(parser: argparse.ArgumentParser):
     return data
 
 
-def add_evaluation_data_arguments(data):
-    """Flags of [`EvaluationData`] that all evaluations have, for a group of the parser."""
-    source = data.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset_name", help="Hub dataset or local dataset folder")
-    source.add_argument("--data_dir", help="folder in the imagefolder layout")
-    data.add_argument("--dataset_config_name")
-    data.add_argument("--split", default="validation")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--resolution", type=int, default=256, help="side of the pictures")
-
-
 def add_optimisation_arguments(parser: argparse.ArgumentParser):
     """Flags of the optimiser, precision and accumulation, without those whose defaults differ between the scripts."""
     optim = parser.add_argument_group("optimisation")

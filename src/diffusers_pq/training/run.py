@@ -3,9 +3,12 @@
 import argparse
 import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import torch
 import torch.nn as nn
 import yaml
@@ -19,9 +22,11 @@ from accelerate.utils import (
 )
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+from ..data.pictures import load_images
 from ..hub.cards import build_card, hub_id, save_card
 from ..measuring import describe_machine, measure_peak_bytes, measure_seconds
 from .checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
@@ -34,7 +39,7 @@ _DRY_RUN_STEPS = 3  # whose median time is taken
 
 
 def create_accelerator(args: argparse.Namespace, kwargs_handlers: list | None = None) -> Accelerator:
-    """The accelerator of a run with the flags of `arguments.py`; also seeds all random generators and sets up logs."""
+    """The accelerator of a run with the flags of `options.py`; also seeds all random generators and sets up logs."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # every request of the Hub's client
     accelerator = Accelerator(
@@ -90,13 +95,15 @@ class TrainingRun:
         self.uploads = None
         self._scores = None
 
-    def start(self):
+    def start(self, ema: EMAModel | None = None):
         """Load the checkpoint, once everything is prepared, and open the logs."""
         # Noise and timesteps differ between the processes; a checkpoint holds the state of each.
         set_seed(self.args.seed, device_specific=True)
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
             logger.info("Resumed from %s", self.checkpoint)
+        if ema is not None:
+            ema.to(self.accelerator.device)  # a resumed average comes on the CPU
         self._progress = tqdm(
             total=self.args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process
         )
@@ -209,6 +216,123 @@ def whole_module(accelerator: Accelerator, prepared: nn.Module, name: str) -> nn
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         copy.load_state_dict(own)
     return copy
+
+
+class FiniteSteps:
+    """
+    Clips gradients and leaves out the steps whose gradient is not finite.
+
+    Args:
+        accelerator (`Accelerator`)
+        max_norm (`float`, *optional*): Gradients are clipped to this norm; `None` does not clip.
+        limit (`int`): So many steps left out in a row end the run.
+
+    Attributes:
+        skipped (`int`): Steps left out so far.
+        in_a_row (`int`): Of these, those since the last good step.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_norm: float | None = None, limit: int = 10):
+        self.accelerator = accelerator
+        self.max_norm = math.inf if max_norm is None else max_norm
+        self.limit = limit
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]):
+        """
+        Step and clear the gradients; while gradients are being accumulated, do nothing.
+
+        Raises:
+            FloatingPointError: at the `limit`-th step in a row without a finite gradient.
+        """
+        if not self.accelerator.sync_gradients:
+            return
+        # The same on all processes, since the gradients are; so all of them leave the step out.
+        norm = self.accelerator.clip_grad_norm_(parameters, self.max_norm)
+        finite = norm is None or math.isfinite(norm)  # DeepSpeed looks after that itself, and gives none
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self.skipped += not finite
+        # Under fp16 the scaler leaves the step out itself, and must see it to lower its scale.
+        if finite or self.accelerator.scaler is not None:
+            optimizer.step()
+        optimizer.zero_grad()
+        if self.in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"The gradient was not finite for {self.in_a_row} steps in a row. The last checkpoint is from before; "
+                "resume from it with a lower learning rate, `--max_grad_norm` or `--mixed_precision bf16`."
+            )
+
+
+@contextmanager
+def ema_weights(ema: EMAModel | None, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hold the averaged weights in the parameters for a while; without an average, do nothing."""
+    if ema is None:
+        yield
+        return
+    parameters = list(parameters)
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+def build_ema(args: argparse.Namespace, accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> EMAModel:
+    """The averages of `--ema_decay`, on the accelerator's device; to be registered for its checkpoints."""
+    ema = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True)
+    ema.to(accelerator.device)
+    return ema
+
+
+def complete_step(learn: Callable[[], dict | None]) -> dict[str, torch.Tensor]:
+    """Learn from batches until an optimisation step is complete; `learn` takes one and returns the step's logs."""
+    while True:
+        logs = learn()
+        if logs is not None:
+            return logs
+
+
+def load_split(
+    args: argparse.Namespace, split: str, *columns: str
+) -> datasets.Dataset | datasets.IterableDataset | None:
+    """A split with the pictures and further columns; see [`load_images`]."""
+    source = args.dataset_name, args.train_data_dir, args.image_column, split
+    return load_images(*source, args.dataset_config_name, args.cache_dir, args.streaming, other_columns=columns)
+
+
+def load_train_split(args: argparse.Namespace, *columns: str) -> datasets.Dataset | datasets.IterableDataset:
+    """[`load_split`] of what is trained on; a `ValueError` if there is none."""
+    images = load_split(args, "train", *columns)
+    if images is None:
+        raise ValueError("The dataset has no `train` split.")
+    return images
+
+
+def prepare_model(args: argparse.Namespace, model: nn.Module, compiled: tuple[nn.Module, ...] = ()) -> nn.Module:
+    """
+    A diffusers model in training mode, with what the flags on memory and speed ask for; `--compile` is for the parts
+    in `compiled`, or for the whole model.
+    """
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.compile:
+        for module in compiled or (model,):
+            module.compile()
+    return model.train()
+
+
+def share_out(rows: list[dict], accelerator: Accelerator) -> tuple[list[dict], int]:
+    """
+    This process's rows, and how many of them count. Processes get equally many, so that they make the same number of
+    forward passes, which sharded models need; what fills up stands at the end and is not to be counted.
+    """
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    missing = math.ceil(len(rows) / accelerator.num_processes) - len(mine)
+    return mine + rows[:1] * missing, len(mine)
 
 
 # In the template, beside what removing it means.

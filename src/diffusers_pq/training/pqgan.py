@@ -1,0 +1,724 @@
+"""How a PQGAN, or a VQ or KL autoencoder on its backbone, is trained: Eq. 1, its optimisation steps and the run."""
+
+import argparse
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast
+from diffusers import AutoencoderKL
+from torch.utils.data import DataLoader
+
+from ..autoencoders import create_autoencoder, downsampling_factor, load_autoencoder
+from ..data.loaders import build_train_loader, first_batches
+from ..data.pictures import CentreCrops, RandomCrops, usable_rows
+from ..images import to_uint8
+from ..metrics import LPIPS, PSNR, SSIM, CodebookUsage, WeightsUnavailableError, load_lpips, psnr
+from ..models.discriminator import PatchDiscriminator
+from .codebooks import DeadEntryReseeder, EMACodebooks
+from .initialisation import collect_latents, copy_matching_weights, kmeans_codebooks, pca_init
+from .options import (
+    add_data_arguments,
+    add_optimisation_arguments,
+    add_run_arguments,
+    parse_args_with_recipe,
+    positive,
+)
+from .run import (
+    FiniteSteps,
+    TrainingRun,
+    build_ema,
+    build_lr_scheduler,
+    complete_step,
+    create_accelerator,
+    dry_run,
+    ema_weights,
+    load_split,
+    load_train_split,
+    prepare_model,
+    share_out,
+)
+from .uploads import BestModel
+
+
+logger = logging.getLogger(__name__)
+
+PREVIEWS = 8  # pictures that are logged
+PCA_CROPS = 32  # crops that --weight_init pca is fitted to
+
+
+@dataclass
+class Reconstruction:
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(B, 3, H, W)`): The reconstruction, about [-1, 1].
+        regularisation (`torch.Tensor`, scalar): Codebook and commitment loss of Eq. 1, or the KL divergence.
+        codes (`torch.LongTensor` of shape `(B, S, h, w)`, *optional*): The codes, `None` without a quantiser.
+        latents (`torch.Tensor` of shape `(B, d, h, w)`, *optional*): z_e, detached, where there are codes.
+    """
+
+    sample: torch.Tensor
+    regularisation: torch.Tensor
+    codes: torch.LongTensor | None = None
+    latents: torch.Tensor | None = None
+
+
+class ReconstructionModel(nn.Module):
+    """
+    Wraps an autoencoder so that one forward gives all that a training step needs; DDP then sees a single forward.
+
+    Args:
+        autoencoder: a [`PQModel`] or [`AutoencoderKL`].
+    """
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: torch.Tensor, quantize: bool = True) -> Reconstruction:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1].
+            quantize (`bool`): `False` decodes z_e itself, with a codebook loss of zero.
+        """
+        if isinstance(self.autoencoder, AutoencoderKL):
+            return self._reconstruct_kl(images)
+        latents = self.autoencoder.encode(images).latents
+        if not quantize:
+            sample = self.autoencoder.decode(latents, quantize=False).sample
+            # Zero, but touches the codebooks: every parameter of a DDP model must receive a gradient.
+            return Reconstruction(sample, 0.0 * self.autoencoder.quantizer.codebooks.sum())
+        quantized = self.autoencoder.quantize(latents)
+        sample = self.autoencoder.decode(quantized.latents, quantize=False).sample
+        return Reconstruction(sample, quantized.loss, quantized.codes, latents.detach())
+
+    def _reconstruct_kl(self, images: torch.Tensor) -> Reconstruction:
+        posterior = self.autoencoder.encode(images).latent_dist
+        latents = posterior.sample() if self.training else posterior.mode()
+        return Reconstruction(self.autoencoder.decode(latents).sample, posterior.kl().mean())
+
+
+@dataclass
+class LossWeights:
+    """
+    Weights of the terms of Eq. 1 beside the pixel term; 0 switches a term off.
+
+    Args:
+        perceptual (`float`): LPIPS.
+        codebook (`float`): Codebook and commitment loss of a `PQModel`, or the KL divergence of an `AutoencoderKL`.
+        discriminator (`float`): Adversarial loss, on top of the adaptive weight.
+    """
+
+    perceptual: float = 1.0
+    codebook: float = 1.0
+    discriminator: float = 0.8
+
+
+def load_perceptual_loss() -> nn.Module:
+    """
+    LPIPS on VGG16, frozen; its forward takes two image batches in [-1, 1] and returns `[B, 1, 1, 1]`.
+
+    Raises:
+        WeightsUnavailableError: if the VGG16 weights are neither in torch's hub cache nor downloadable.
+    """
+    try:
+        return load_lpips("vgg")
+    except WeightsUnavailableError as error:
+        message = f"{error} Or switch the term off with `--perceptual_weight 0`."
+        raise WeightsUnavailableError(message, error.wanted) from error
+
+
+def hinge_discriminator_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """Half the sum of the hinge losses on real and reconstructed patches."""
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def adaptive_weight(
+    reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor, last_layer: nn.Parameter, scale: float = 1.0
+) -> torch.Tensor:
+    """
+    VQGAN's adaptive weight of the adversarial term: the ratio of the two losses' gradient norms at the decoder's last
+    layer, at most 1e4. With float16 gradients both losses are multiplied by `scale` meanwhile.
+    """
+    reconstruction_norm, generator_norm = (
+        torch.autograd.grad(scale * loss, last_layer, retain_graph=True)[0].norm() / scale
+        for loss in (reconstruction_loss, generator_loss)
+    )
+    ratio = reconstruction_norm / (generator_norm + 1e-4)
+    return ratio.clamp(0.0, 1e4).detach()
+
+
+class AutoencoderLoss:
+    """
+    The generator's and the discriminator's losses.
+
+    Args:
+        weights ([`LossWeights`])
+        perceptual_loss: what [`load_perceptual_loss`] returns, or `None` with a weight of 0.
+        discriminator: a [`PatchDiscriminator`], or `None` with a weight of 0.
+        accelerator (`Accelerator`): Unwraps the models.
+    """
+
+    def __init__(self, weights: LossWeights, perceptual_loss, discriminator, accelerator: Accelerator):
+        self.weights = weights
+        self.perceptual_loss = perceptual_loss
+        self.discriminator = discriminator
+        self.accelerator = accelerator
+
+    def generator(self, model: ReconstructionModel, images: torch.Tensor, output) -> tuple[torch.Tensor, dict]:
+        """The loss of the autoencoder and its parts, for a [`Reconstruction`] of `images`."""
+        sample = output.sample.float()
+        pixel = F.l1_loss(sample, images)
+        parts = {"pixel_loss": pixel.detach(), "codebook_loss": output.regularisation.detach()}
+        reconstruction = pixel
+        if self.perceptual_loss is not None:
+            perceptual = self.perceptual_loss(sample, images).mean()
+            reconstruction = reconstruction + self.weights.perceptual * perceptual
+            parts["perceptual_loss"] = perceptual.detach()
+        loss = reconstruction + self.weights.codebook * output.regularisation
+        if self.discriminator is not None:
+            adversarial = -self._frozen_discriminator(sample).mean()
+            last_layer = self.accelerator.unwrap_model(model).autoencoder.decoder.conv_out.weight
+            scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+            ratio = adaptive_weight(reconstruction, adversarial, last_layer, scale)
+            weight = self.weights.discriminator * ratio
+            loss = loss + weight * adversarial
+            parts |= {"adversarial_loss": adversarial.detach(), "adversarial_weight": weight}
+        return loss, parts | {"loss": loss.detach()}
+
+    def discriminator_loss(self, images: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Hinge loss on the pictures and on the reconstruction that the generator's step has made already."""
+        return hinge_discriminator_loss(self.discriminator(images), self.discriminator(sample.detach().float()))
+
+    def _frozen_discriminator(self, sample: torch.Tensor) -> torch.Tensor:
+        # The generator's gradient passes through the discriminator without touching it; unwrapped, since DDP would
+        # otherwise wait for gradients that never come.
+        discriminator = self.accelerator.unwrap_model(self.discriminator)
+        discriminator.requires_grad_(False)
+        logits = discriminator(sample)
+        discriminator.requires_grad_(True)
+        return logits
+
+
+class AutoencoderTrainer:
+    """
+    One model, its discriminator and what a step does with them.
+
+    Args:
+        accelerator (`Accelerator`)
+        model ([`ReconstructionModel`]): Prepared by the accelerator.
+        optimizer, lr_scheduler: Likewise prepared.
+        losses ([`AutoencoderLoss`])
+        discriminator, d_optimizer, d_scheduler (*optional*): Likewise prepared.
+        max_grad_norm (`float`, *optional*): Of the model's gradients; `None` does not clip.
+        max_skipped_steps (`int`): See [`FiniteSteps`].
+        ema (`EMAModel`, *optional*): Of the autoencoder's weights.
+        ema_codebooks ([`EMACodebooks`], *optional*)
+        reseeder ([`DeadEntryReseeder`], *optional*)
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer,
+        lr_scheduler,
+        losses: AutoencoderLoss,
+        discriminator: nn.Module | None = None,
+        d_optimizer=None,
+        d_scheduler=None,
+        max_grad_norm: float | None = None,
+        max_skipped_steps: int = 10,
+        ema=None,
+        ema_codebooks: EMACodebooks | None = None,
+        reseeder: DeadEntryReseeder | None = None,
+    ):
+        self.accelerator = accelerator
+        self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
+        self.losses = losses
+        self.discriminator, self.d_optimizer, self.d_scheduler = discriminator, d_optimizer, d_scheduler
+        self.steps = FiniteSteps(accelerator, max_grad_norm, max_skipped_steps)
+        self.d_steps = FiniteSteps(accelerator, limit=max_skipped_steps)
+        self.ema = ema
+        self.ema_codebooks = ema_codebooks
+        self.reseeder = reseeder
+        quantizer = getattr(self.autoencoder, "quantizer", None)
+        # Since the last `codebook_use`.
+        self.usage = None
+        if quantizer is not None:
+            self.usage = CodebookUsage(quantizer.num_subspaces, quantizer.codebook_size).to(accelerator.device)
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        """The bare autoencoder."""
+        return self.accelerator.unwrap_model(self.model).autoencoder
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the last step's gradients were finite."""
+        return not (self.steps.in_a_row or self.d_steps.in_a_row)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of both optimisers that were left out so far."""
+        return self.steps.skipped + self.d_steps.skipped
+
+    def step(self, images: torch.Tensor, quantize: bool = True) -> dict[str, torch.Tensor] | None:
+        """
+        Learn from one batch.
+
+        Args:
+            images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1], on the accelerator's device.
+            quantize (`bool`): `False` trains without the quantiser.
+
+        Returns:
+            What to log, still on the device; `None` while gradients are being accumulated.
+        """
+        models = [model for model in (self.model, self.discriminator) if model is not None]
+        with self.accelerator.accumulate(*models):
+            output = self.model(images, quantize=quantize)
+            loss, logs = self.losses.generator(self.model, images, output)
+            self.accelerator.backward(loss)
+            self.steps.step(self.optimizer, self.model.parameters())
+            self.lr_scheduler.step()
+            if self.discriminator is not None:
+                logs["discriminator_loss"] = self._discriminator_step(images, output)
+        self._observe(output)
+        if not self.accelerator.sync_gradients:
+            return None
+        self._step_codebooks()
+        if self.ema is not None and self.is_healthy:
+            self.ema.step(self.autoencoder.parameters())
+        return logs | {"psnr": psnr(to_uint8(output.sample.detach()), to_uint8(images)).mean()}
+
+    def codebook_use(self) -> dict[str, float]:
+        """
+        H_n, P_n (Eq. 3) and dead entries over all codes of all processes since the last call; to be called by all.
+        """
+        if self.usage is None or not self.usage.update_called:
+            return {}
+        use = self.usage.compute()
+        self.usage.reset()
+        return use
+
+    def restart_codebook_averages(self):
+        """Let the running averages go on from the codebooks as they are, after these were set anew."""
+        codebooks = self.autoencoder.quantizer.codebooks
+        if self.ema_codebooks is not None:
+            self.ema_codebooks.restart(torch.ones_like(codebooks[..., 0], dtype=torch.bool))
+        for average, parameter in zip(self.ema.shadow_params if self.ema else (), self.autoencoder.parameters()):
+            if parameter is codebooks:
+                average.copy_(codebooks.detach())
+
+    def _discriminator_step(self, images: torch.Tensor, output: Reconstruction) -> torch.Tensor:
+        loss = self.losses.discriminator_loss(images, output.sample)
+        self.accelerator.backward(loss)
+        self.d_steps.step(self.d_optimizer, self.discriminator.parameters())
+        self.d_scheduler.step()
+        return loss.detach()
+
+    def _observe(self, output: Reconstruction):
+        # Codes and latents of a step without finite gradients are worth nothing; all processes see the same gradients.
+        if output.codes is None or self.steps.in_a_row:
+            return
+        self.usage.update(output.codes)
+        for remedy in (self.ema_codebooks, self.reseeder):
+            if remedy is not None:
+                remedy.observe(output.latents, output.codes)
+
+    def _step_codebooks(self):
+        if self.steps.in_a_row:
+            return
+        if self.ema_codebooks is not None:
+            self.ema_codebooks.step()
+        reseeded = None if self.reseeder is None else self.reseeder.step()
+        if reseeded is not None and self.ema_codebooks is not None:
+            self.ema_codebooks.restart(reseeded)
+
+
+class ReconstructionValidation:
+    """
+    Measures the reconstruction of held-out pictures, shared out among the processes.
+
+    Args:
+        accelerator (`Accelerator`)
+        rows (`list[dict]`): What [`usable_rows`] returns, the same in every process.
+        image_column (`str`)
+        resolution (`int`): Side of the centre crops.
+        batch_size (`int`): Per process.
+        lpips (*optional*): What [`load_lpips`] returns, to report `lpips`.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        rows: list[dict],
+        image_column: str,
+        resolution: int,
+        batch_size: int,
+        lpips: nn.Module | None = None,
+    ):
+        self.accelerator = accelerator
+        rows, self.count = share_out(rows, accelerator)
+        crops = CentreCrops(rows, image_column, resolution)
+        self.loader = DataLoader(crops, batch_size=batch_size, collate_fn=torch.cat)
+        self.metrics = {"psnr": PSNR(), "ssim": SSIM()} | ({} if lpips is None else {"lpips": LPIPS(lpips)})
+
+    @torch.no_grad()
+    def evaluate(self, model: ReconstructionModel, quantize: bool = True) -> tuple[dict[str, float], torch.Tensor]:
+        """
+        To be called by all processes.
+
+        Args:
+            model ([`ReconstructionModel`]): Prepared or bare; evaluated in eval mode, its mode is restored.
+            quantize (`bool`): `False` measures the model without its quantiser.
+
+        Returns:
+            `tuple`: means over all pictures of `psnr` (dB), `ssim` and, if it can be had, `lpips`, with H_n, P_n and
+            the share of dead entries if there are codes; and some originals followed by their reconstructions, uint8.
+        """
+        device = self.accelerator.device
+        quantizer = getattr(self.accelerator.unwrap_model(model).autoencoder, "quantizer", None)
+        metrics = {name: metric.to(device) for name, metric in self.metrics.items()}
+        usage = CodebookUsage(quantizer.num_subspaces, quantizer.codebook_size).to(device) if quantizer else None
+        was_training = model.training
+        model.eval()
+        previews, remaining = None, self.count
+        for images in self.loader:
+            output = model(images.to(device), quantize=quantize)
+            pair = to_uint8(output.sample)[:remaining], to_uint8(images).to(device)[:remaining]
+            if previews is None:
+                previews = torch.cat([part[:PREVIEWS] for part in reversed(pair)])
+            for metric in metrics.values() if remaining else ():
+                metric.update(*pair)
+            if output.codes is not None:
+                usage.update(output.codes[:remaining])
+            remaining = max(0, remaining - len(images))
+        model.train(was_training)
+        scores = {name: float(metric.compute()) for name, metric in metrics.items()}
+        for metric in metrics.values():
+            metric.reset()
+        return scores | (usage.compute() if quantize and usage else {}), previews
+
+
+def train_pqgan(args: argparse.Namespace, build: Callable[[], nn.Module] | None = None):
+    """
+    Train, validate, keep checkpoints and write the trained model; or do a dry run. To be called by all processes.
+
+    Args:
+        args (`argparse.Namespace`): What [`parse_args`] returns.
+        build (*optional*): Makes the autoencoder, its weights and codebooks as they are to be at the start, instead
+            of the flags for the model and for these.
+
+    Raises:
+        ValueError: if the flags contradict each other, the model or the data.
+    """
+    accelerator = create_accelerator(args)
+    _check_accelerator(args, accelerator)
+    run = TrainingRun(args, accelerator, BestModel(args.output_dir, "psnr"))
+    train_images = load_train_split(args)
+    autoencoder = build_autoencoder(args) if build is None else build()
+    _check_resolution(args, autoencoder)
+    if build is None and args.weight_init == "pca" and run.checkpoint is None:
+        fit_to_images(args, autoencoder, train_images)
+    model = ReconstructionModel(prepare_model(args, autoencoder, (autoencoder.encoder, autoencoder.decoder)))
+    perceptual_loss = load_perceptual_loss().to(accelerator.device) if args.perceptual_weight else None
+    trainer = _build_trainer(args, accelerator, model, perceptual_loss)
+    loader = _build_loader(args, accelerator, train_images, run.step)
+    if args.dry_run:
+        parts = dict(trainer.autoencoder.named_children())
+        parts |= {"discriminator": trainer.discriminator} if trainer.discriminator else {}
+        optimizers = [optimizer for optimizer in (trainer.optimizer, trainer.d_optimizer) if optimizer]
+        batches = iter(loader)
+        dry_run(args, accelerator, parts, optimizers, lambda: _take_step(trainer, batches, quantize=True))
+        return
+    validation = _build_validation(args, accelerator, perceptual_loss)
+    run.start(trainer.ema)
+
+    kmeans_pending = build is None and args.codebook_init == "kmeans" and run.step <= args.quantize_from_step
+    kmeans_pending = kmeans_pending and hasattr(trainer.autoencoder, "quantizer")
+    trainer.model.train()
+    batches = iter(loader)
+    while not run.is_finished:
+        quantize = run.step >= args.quantize_from_step
+        if kmeans_pending and quantize:
+            _init_codebooks(args, trainer, train_images)
+            kmeans_pending = False
+        logs = _take_step(trainer, batches, quantize)
+        run.advance()
+        if run.is_due(args.logging_steps):
+            logs |= trainer.codebook_use() | {"lr": trainer.lr_scheduler.get_last_lr()[0]}
+            logs |= {
+                "skipped_steps": trainer.skipped_steps,
+                "skipped_images": loader.dataset.bad_images.total(accelerator),
+            }
+            run.log(logs, shown=("loss", "psnr", "H_n"))
+        if validation is not None and run.is_due(args.validation_steps):
+            with ema_weights(trainer.ema, trainer.autoencoder.parameters()):
+                scores, pictures = validation.evaluate(trainer.model, quantize)
+                run.log_scores(scores)
+                run.log_images(pictures, images_per_row=len(pictures) // 2)
+                run.keep_if_best(partial(_save_autoencoder, trainer), scores)
+        # After a validation, whose random numbers its state then has behind it.
+        if run.is_due(args.checkpointing_steps) and trainer.is_healthy:
+            run.save_checkpoint()
+    with ema_weights(trainer.ema, trainer.autoencoder.parameters()):
+        run.finish(partial(_save_model, trainer))
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """The flags of `train_pqgan.py`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model_config_name_or_path", help="config.json, folder or Hub repository to start afresh from"
+    )
+    model.add_argument("--pretrained_model_name_or_path", help="trained autoencoder to fine-tune")
+    model.add_argument(
+        "--backbone_name_or_path",
+        help="trained autoencoder (PQModel or AutoencoderKL) whose fitting weights a fresh model starts from",
+    )
+    model.add_argument(
+        "--weight_init",
+        choices=("default", "pca"),
+        default="default",
+        help="torch's, as in the paper, or the linear autoencoder that fits the first crops",
+    )
+    codebooks = parser.add_argument_group("codebooks (the paper uses none of these)")
+    codebooks.add_argument("--quantize_from_step", type=int, default=0, help="train without quantiser up to this step")
+    codebooks.add_argument(
+        "--codebook_init",
+        choices=("normal", "kmeans"),
+        default="normal",
+        help="N(0, 1) as in the paper, or k-means centres of latents at --quantize_from_step",
+    )
+    codebooks.add_argument(
+        "--kmeans_vectors_per_entry", type=int, default=32, help="latent pixels of k-means, over codebook_size"
+    )
+    codebooks.add_argument("--codebook_distance", choices=("euclidean", "cosine"), help="default: the config's")
+    codebooks.add_argument(
+        "--codebook_ema_decay",
+        type=float,
+        help="move the codebooks by running means with this decay, not by gradients",
+    )
+    codebooks.add_argument(
+        "--reseed_dead_entries", type=positive, help="move unused entries to data after so many steps"
+    )
+    codebooks.add_argument(
+        "--gradient_estimator",
+        choices=("straight_through", "rotation"),
+        default="straight_through",
+        help="how gradients pass the quantiser",
+    )
+    data = add_data_arguments(parser)
+    data.add_argument("--resolution", type=int, default=256)
+    data.add_argument("--crops_per_image", type=positive, default=1, help="crops cut from each decoded picture")
+    optim = add_optimisation_arguments(parser)
+    optim.add_argument("--train_batch_size", type=int, default=20, help="crops per process and step")
+    optim.add_argument("--max_train_steps", type=int, default=1_000_000)
+    optim.add_argument("--learning_rate", type=float, default=4.5e-6)
+    optim.add_argument("--discriminator_learning_rate", type=float, help="defaults to --learning_rate")
+    optim.add_argument("--adam_beta1", type=float, default=0.5)
+    optim.add_argument("--adam_beta2", type=float, default=0.9)
+    optim.add_argument("--max_grad_norm", type=float, help="clip gradients to this norm; off by default")
+    loss = parser.add_argument_group("losses (0 switches a term off)")
+    loss.add_argument("--perceptual_weight", type=float, default=1.0)
+    loss.add_argument("--codebook_weight", type=float, default=1.0)
+    loss.add_argument("--kl_weight", type=float, default=1e-6, help="for an AutoencoderKL")
+    loss.add_argument("--discriminator_weight", type=float, default=0.8)
+    run = add_run_arguments(parser, output_dir="pqgan", steps=5000)
+    run.add_argument("--num_validation_images", type=int, default=64)
+    args = parse_args_with_recipe(parser, argv)
+
+    if (args.model_config_name_or_path is None) == (args.pretrained_model_name_or_path is None):
+        parser.error("give exactly one of --model_config_name_or_path and --pretrained_model_name_or_path")
+    if args.backbone_name_or_path and args.pretrained_model_name_or_path:
+        parser.error("--backbone_name_or_path needs --model_config_name_or_path")
+    if args.codebook_distance and args.pretrained_model_name_or_path:
+        parser.error("--codebook_distance needs --model_config_name_or_path")
+    if args.weight_init == "pca" and not args.model_config_name_or_path:
+        parser.error("--weight_init pca starts afresh: it needs --model_config_name_or_path")
+    if args.weight_init == "pca" and args.backbone_name_or_path:
+        parser.error("--weight_init pca and --backbone_name_or_path exclude each other")
+    if args.codebook_ema_decay is not None and not 0 < args.codebook_ema_decay < 1:
+        parser.error(f"--codebook_ema_decay {args.codebook_ema_decay} must lie between 0 and 1, such as 0.99")
+    if args.train_batch_size % args.crops_per_image:
+        parser.error(
+            f"--train_batch_size {args.train_batch_size} must be a multiple of "
+            f"--crops_per_image {args.crops_per_image}"
+        )
+    return args
+
+
+def build_autoencoder(args: argparse.Namespace) -> nn.Module:
+    """The model that the flags ask for."""
+    if args.pretrained_model_name_or_path:
+        autoencoder = load_autoencoder(args.pretrained_model_name_or_path).train()
+    else:
+        overrides = {"codebook_distance": args.codebook_distance} if args.codebook_distance else {}
+        autoencoder = create_autoencoder(args.model_config_name_or_path, **overrides)
+        if args.backbone_name_or_path:
+            fresh = copy_matching_weights(autoencoder, load_autoencoder(args.backbone_name_or_path))
+            logger.info("Not taken from %s: %s", args.backbone_name_or_path, ", ".join(fresh) or "nothing")
+    if hasattr(autoencoder, "quantizer"):
+        autoencoder.quantizer.gradient_estimator = args.gradient_estimator
+        # Before DDP wraps the model, which waits for the gradients of all parameters that had one then.
+        autoencoder.quantizer.codebooks.requires_grad_(not args.codebook_ema_decay)
+    return autoencoder
+
+
+def fit_to_images(args: argparse.Namespace, autoencoder: nn.Module, train_images):
+    """Start from the linear autoencoder of the run's first crops."""
+    batches = islice(first_crops(args, train_images), math.ceil(PCA_CROPS / args.train_batch_size))
+    quantizer = getattr(autoencoder, "quantizer", None)
+    pca_init(autoencoder, torch.cat(list(batches)), num_subspaces=1 if quantizer is None else quantizer.num_subspaces)
+
+
+def first_crops(args: argparse.Namespace, train_images) -> DataLoader:
+    """Batches of the run's first crops, the same in every process."""
+    pictures = args.train_batch_size // args.crops_per_image
+    return first_batches(train_images, _random_crops(args), pictures, torch.cat, args.seed, args.shuffle_buffer)
+
+
+def build_discriminator(args: argparse.Namespace) -> PatchDiscriminator | None:
+    """A fresh one, or the one that the pretrained autoencoder was trained against."""
+    if not args.discriminator_weight:
+        return None
+    pretrained = args.pretrained_model_name_or_path
+    if pretrained and Path(pretrained, "discriminator").is_dir():
+        return PatchDiscriminator.from_pretrained(Path(pretrained, "discriminator"), use_safetensors=True).train()
+    return PatchDiscriminator()
+
+
+def _check_resolution(args, autoencoder):
+    factor = downsampling_factor(autoencoder)
+    if args.resolution % factor:
+        raise ValueError(f"--resolution {args.resolution} must be a multiple of the downsampling factor F = {factor}.")
+
+
+def _random_crops(args):
+    return RandomCrops(args.image_column, args.resolution, args.crops_per_image, args.random_flip, args.min_image_side)
+
+
+def _init_codebooks(args, trainer, train_images):
+    """k-means on the run's first crops, in every process; all then take the codebooks of the first one."""
+    autoencoder = trainer.autoencoder
+    wanted = args.kmeans_vectors_per_entry * autoencoder.config.codebook_size
+    kmeans_codebooks(autoencoder.quantizer, collect_latents(autoencoder, first_crops(args, train_images), wanted))
+    broadcast(autoencoder.quantizer.codebooks.data)
+    trainer.restart_codebook_averages()
+
+
+def _build_loader(args, accelerator, train_images, step):
+    pictures = args.train_batch_size // args.crops_per_image
+    return build_train_loader(
+        train_images,
+        _random_crops(args),
+        accelerator,
+        pictures,
+        collate_fn=torch.cat,
+        seed=args.seed,
+        start=step * pictures * args.gradient_accumulation_steps * accelerator.num_processes,
+        shuffle_buffer=args.shuffle_buffer,
+        num_workers=args.dataloader_num_workers,
+        on_bad_image=args.on_bad_image,
+    )
+
+
+def _available_lpips():
+    try:
+        return load_lpips("vgg")
+    except WeightsUnavailableError as error:
+        logger.info("The validation goes without LPIPS: %s", error)
+        return None
+
+
+def _build_validation(args, accelerator, perceptual_loss):
+    images = load_split(args, "validation")
+    if images is None:
+        logger.warning("The dataset has no `validation` split: no validation.")
+        return None
+    rows = usable_rows(images, args.image_column, args.num_validation_images)
+    if not rows:
+        logger.warning("No picture of the `validation` split can be used: no validation.")
+        return None
+    lpips = perceptual_loss or _available_lpips()
+    return ReconstructionValidation(
+        accelerator, rows, args.image_column, args.resolution, args.train_batch_size, lpips
+    )
+
+
+def _save_autoencoder(trainer, folder):
+    if trainer.accelerator.is_main_process:
+        trainer.autoencoder.save_pretrained(folder)
+
+
+def _save_model(trainer, folder):
+    _save_autoencoder(trainer, folder)
+    if trainer.discriminator is not None and trainer.accelerator.is_main_process:
+        trainer.accelerator.unwrap_model(trainer.discriminator).save_pretrained(folder / "discriminator")
+
+
+def _check_accelerator(args, accelerator):
+    """Refuse what two models and the adaptive weight, a gradient of the decoder's last layer, do not allow."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"train_pqgan.py cannot run with {accelerator.distributed_type.value}, which would shard its models: "
+            "launch it with `--config_file training_scripts/accelerate_configs/ddp.yaml`."
+        )
+    if accelerator.mixed_precision == "fp16" and args.gradient_accumulation_steps > 1 and args.discriminator_weight:
+        raise ValueError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be combined with fp16 and a "
+            "discriminator, since one loss scale serves both optimisers: use `--mixed_precision bf16`, or 1 step."
+        )
+
+
+def _build_trainer(args, accelerator, model, perceptual_loss):
+    def optimiser(module, rate):
+        adam = torch.optim.Adam(module.parameters(), rate, betas=(args.adam_beta1, args.adam_beta2), fused=True)
+        return adam, build_lr_scheduler(args, adam, accelerator.num_processes)
+
+    model, optimizer, lr_scheduler = accelerator.prepare(model, *optimiser(model, args.learning_rate))
+    discriminator = build_discriminator(args)
+    adversary = [discriminator, None, None]
+    if discriminator is not None:
+        rate = args.learning_rate if args.discriminator_learning_rate is None else args.discriminator_learning_rate
+        adversary = accelerator.prepare(discriminator, *optimiser(discriminator, rate))
+    autoencoder = accelerator.unwrap_model(model).autoencoder
+    quantizer = getattr(autoencoder, "quantizer", None)
+    regularisation_weight = args.kl_weight if quantizer is None else args.codebook_weight
+    weights = LossWeights(args.perceptual_weight, regularisation_weight, args.discriminator_weight)
+    helpers = {}
+    if args.use_ema:
+        helpers["ema"] = build_ema(args, accelerator, autoencoder.parameters())
+    if quantizer is not None and args.codebook_ema_decay:
+        helpers["ema_codebooks"] = EMACodebooks(quantizer, accelerator, args.codebook_ema_decay)
+    if quantizer is not None and args.reseed_dead_entries:
+        helpers["reseeder"] = DeadEntryReseeder(quantizer, accelerator, args.reseed_dead_entries)
+    accelerator.register_for_checkpointing(*helpers.values())
+    return AutoencoderTrainer(
+        accelerator,
+        model,
+        optimizer,
+        lr_scheduler,
+        AutoencoderLoss(weights, perceptual_loss, adversary[0], accelerator),
+        *adversary,
+        max_grad_norm=args.max_grad_norm,
+        max_skipped_steps=args.max_skipped_steps,
+        **helpers,
+    )
+
+
+def _take_step(trainer, batches, quantize):
+    device = trainer.accelerator.device
+    return complete_step(lambda: trainer.step(next(batches).to(device, non_blocking=True), quantize))
