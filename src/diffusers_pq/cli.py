@@ -138,7 +138,8 @@ def _widen_unet(args):
         ) from error
     widened = widen_denoiser(denoiser, args.latent_channels, args.init)
     widened.save_pretrained(args.output)
-    print(f"{args.output}: {denoiser.config.in_channels} -> {args.latent_channels} latent channels")
+    inputs = f"in_channels {denoiser.config.in_channels} -> {widened.config.in_channels}"
+    print(f"{args.output}: {args.latent_channels} latent channels, {inputs}")
 
 
 def _render_cards(args):
