@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from conftest import tiny_config, tiny_unet
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
@@ -75,6 +76,38 @@ def test_layerwise_casting_leaves_the_codebooks_alone(model, images):
     assert model.quantizer.codebooks.dtype == torch.float32
     assert model.encoder.conv_in.weight.dtype == torch.float8_e4m3fn
     assert model(images).sample.isfinite().all()
+
+
+@torch.no_grad()
+def test_codes_decode_under_layerwise_casting(model, images):
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    quantized = model.quantize(model.encode(images).latents)
+    sample = model.decode_codes(quantized.codes).sample
+    assert torch.equal(sample, model.decode(quantized.latents, quantize=False).sample)
+
+
+OFFLOADS = {
+    "sequential": lambda model: cpu_offload(model, torch.device("cpu")),
+    "model": lambda model: cpu_offload_with_hook(model, "cpu"),
+    "leaf_level": lambda model: model.enable_group_offload("cpu", "cpu", "leaf_level"),
+    "block_level": lambda model: model.enable_group_offload("cpu", "cpu", "block_level", 1),
+}
+
+
+@pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS.keys())
+@torch.no_grad()
+def test_codes_decode_when_the_model_is_offloaded(offload, model, images):
+    codes = model.encode_codes(images)
+    expected = model.decode_codes(codes).sample
+    moved = []
+    offload(model)
+    if "forward" in vars(model.quantizer):  # of hooks on the parts
+        forward = model.quantizer.forward
+        model.quantizer.forward = lambda *args, **kwargs: moved.append(1) or forward(*args, **kwargs)
+    else:
+        model._hf_hook.pre_forward = lambda module: moved.append(1)
+    torch.testing.assert_close(model.decode_codes(codes).sample, expected)
+    assert moved, "the codebooks would have stayed where they are"
 
 
 def test_moves_between_dtypes_and_devices(model, images):

@@ -3,6 +3,8 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn as nn
+from accelerate import cpu_offload
 
 from diffusers_pq import ProductQuantizer
 from diffusers_pq.measuring import measure_peak_bytes
@@ -262,3 +264,40 @@ def test_wrong_latents_and_codes_are_refused():
         quantizer.lookup(torch.zeros(1, 3, 1, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="must be integers"):
         quantizer.lookup(torch.zeros(1, 2, 1, 1))
+
+
+CASTS = {
+    "to": lambda module: module.to(torch.bfloat16),
+    "half": lambda module: module.half(),
+    "to with a device": lambda module: module.to("cpu", torch.float16),
+    "as a part": lambda module: nn.ModuleDict({"part": module}).bfloat16(),
+    "there and back": lambda module: module.half().float(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS.keys())
+def test_a_cast_leaves_the_codebooks_exact(cast):
+    quantizer = ProductQuantizer(8, 4, 16)
+    before = quantizer.codebooks.detach().clone()
+    quantizer.codebooks.grad = torch.full_like(before, 1 / 3)
+    cast(quantizer)
+    assert quantizer.codebooks.dtype == quantizer.codebooks.grad.dtype == torch.float32
+    assert torch.equal(quantizer.codebooks, before)
+    assert quantizer(torch.randn(1, 8, 2, 2, dtype=torch.float16)).latents.dtype == torch.float16
+    assert quantizer.to("meta").codebooks.device.type == "meta"
+
+
+def test_a_cast_to_double_is_exact_and_is_made():
+    quantizer = ProductQuantizer(8, 4, 16)
+    before = quantizer.codebooks.detach().clone()
+    assert quantizer.double().codebooks.dtype == torch.float64
+    assert torch.equal(quantizer.codebooks, before.double())
+
+
+def test_a_lookup_finds_offloaded_codebooks():
+    quantizer = ProductQuantizer(8, 4, 16).eval()
+    codes = torch.randint(16, (1, 4, 2, 3))
+    expected = quantizer.lookup(codes)
+    cpu_offload(quantizer, torch.device("cpu"))
+    assert quantizer.codebooks.device.type == "meta"
+    assert torch.equal(quantizer.lookup(codes), expected)

@@ -246,9 +246,10 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         """Images `[B, 3, H, W]` in [-1, 1] to codes `[B, S, H/F, W/F]`."""
         return self.quantize(self.encode(x).latents).codes
 
+    @apply_forward_hook
     def decode_codes(self, codes: torch.LongTensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """Codes `[B, S, h, w]` to images `[B, 3, F*h, F*w]`; a `ValueError` names codes outside `[0, K)`."""
-        latents = self.quantizer.lookup(codes).to(self.post_quant_conv.weight.dtype)
+        latents = self.quantizer.lookup(codes).to(self.dtype)
         return self.decode(latents, quantize=False, return_dict=return_dict)
 
     def scale_latents(self, z: torch.Tensor) -> torch.Tensor:

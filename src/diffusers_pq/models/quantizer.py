@@ -45,7 +45,8 @@ class ProductQuantizer(nn.Module):
             quantised latents (Yu et al., 2022). Not the paper's; needs d/S > 1.
 
     Attributes:
-        codebooks (`nn.Parameter` of shape `(S, K, d/S)`): starts from N(0, 1).
+        codebooks (`nn.Parameter` of shape `(S, K, d/S)`): starts from N(0, 1). Stays in float32 when the module is
+            cast to a shorter dtype, which would make other entries of them for good.
         gradient_estimator (`str`): How gradients pass the quantiser in training: `"straight_through"` as in the paper,
             or `"rotation"`, the rotation trick (Fifty et al., 2024).
 
@@ -86,6 +87,13 @@ class ProductQuantizer(nn.Module):
         self.gradient_estimator = "straight_through"
         self.codebooks = nn.Parameter(torch.randn(num_subspaces, codebook_size, latent_channels // num_subspaces))
 
+    def _apply(self, fn, recurse=True):
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype.itemsize >= 4 else tensor.to(applied.device, torch.float32)
+
+        return super()._apply(keep_precision, recurse)
+
     def extra_repr(self) -> str:
         return f"d={self.latent_channels}, S={self.num_subspaces}, K={self.codebook_size}"
 
@@ -117,7 +125,8 @@ class ProductQuantizer(nn.Module):
             ValueError: if the codes are not integers, have the wrong shape or lie outside `[0, codebook_size)`.
         """
         self._check_codes(codes)
-        return self._lookup(codes)
+        # Through `forward`, since what brings offloaded codebooks here are hooks on it.
+        return self.forward(codes=codes)
 
     def _lookup(self, codes: torch.LongTensor) -> torch.Tensor:
         batch_size, _, height, width = codes.shape
@@ -125,18 +134,23 @@ class ProductQuantizer(nn.Module):
         entries = F.embedding(codes.long() + first_entry, self.entries.flatten(0, 1))
         return entries.permute(0, 1, 4, 2, 3).reshape(batch_size, self.latent_channels, height, width)
 
-    def forward(self, latents: torch.Tensor) -> ProductQuantizerOutput:
+    def forward(
+        self, latents: torch.Tensor | None = None, codes: torch.LongTensor | None = None
+    ) -> ProductQuantizerOutput | torch.Tensor:
         """
         Args:
             latents (`torch.Tensor` of shape `(batch_size, latent_channels, height, width)`): z_e, any float dtype.
+            codes (`torch.LongTensor`, *optional*): In place of `latents`, codes for [`lookup`], which checks them.
 
         Returns:
-            [`ProductQuantizerOutput`]
+            [`ProductQuantizerOutput`]; for `codes` what `lookup` returns.
 
         Raises:
             ValueError: if the shape is wrong or, in eval mode, a latent is not finite. In training mode non-finite
                 values pass on to the loss, where the training loop sees them without a device synchronisation here.
         """
+        if codes is not None:
+            return self._lookup(codes)
         self._check_latents(latents)
         with torch.autocast(latents.device.type, enabled=False):
             z_e = self.sub_vectors(latents)
