@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_pq.autoencoders import decode_latents, downsampling_factor
 from diffusers_pq.models.autoencoder_pq import PQModel
-from diffusers_pq.models.class_conditioning import num_classes, predict
+from diffusers_pq.models.class_conditioning import num_classes, predict, scheduler_input
 from diffusers_pq.pipelines.class_labels import ClassLabelsMixin
 from diffusers_pq.pipelines.pq_mixin import ImportedByCodeMixin
 
@@ -122,6 +122,7 @@ class LatentDiffusionPQPipeline(ClassLabelsMixin, ImportedByCodeMixin, Diffusion
         noise = {"generator": generator} if takes_generator else {}
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             prediction = self._guided_prediction(latents, timestep, labels, guidance_scale)
+            prediction = scheduler_input(self.scheduler, prediction, latents, timestep)
             latents = self.scheduler.step(prediction, timestep, latents, **noise).prev_sample.to(latents.dtype)
             if callback_on_step_end is not None:
                 tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}

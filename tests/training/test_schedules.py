@@ -2,7 +2,16 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, PNDMScheduler
 
-from diffusers_pq.training.noise import adapt_schedule, create_scheduler, draw_timesteps, latent_shift
+from diffusers_pq.models.class_conditioning import predicts_sample, scheduler_input
+from diffusers_pq.training.noise import (
+    adapt_schedule,
+    add_noise,
+    create_scheduler,
+    denoising_loss,
+    draw_timesteps,
+    latent_shift,
+    predicted_latents,
+)
 
 
 def signal_to_noise(scheduler):
@@ -54,3 +63,46 @@ def test_epsilon_cannot_be_predicted_without_a_signal():
         create_scheduler("diffusion", "epsilon", rescale_betas_zero_snr=True)
     with pytest.raises(ValueError, match="`rescale_betas_zero_snr` needs `prediction_type` v_prediction"):
         adapt_schedule(DDPMScheduler(), rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow_matching"])
+def test_the_loss_of_predicted_latents_is_that_of_the_velocity_that_follows(objective):
+    by_sample = create_scheduler(objective, "sample")
+    by_velocity = create_scheduler(objective, "v_prediction")
+    latents = torch.randn(64, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    def guess(noisy, timesteps, condition):
+        return 0.9 * latents
+
+    def same_guess(noisy, timesteps, condition):
+        if objective == "flow_matching":
+            return (noisy - 0.9 * latents) / (timesteps / 1000).view(-1, 1, 1, 1)
+        alphas = by_velocity.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return (alphas.sqrt() * noisy - 0.9 * latents) / (1 - alphas).sqrt()
+
+    def loss(scheduler, denoiser, **options):
+        generator = torch.Generator().manual_seed(1)
+        return denoising_loss(denoiser, scheduler, latents, None, generator=generator, **options)
+
+    options = [{}] if objective == "flow_matching" else [{}, {"snr_gamma": 5.0}]
+    for option in options:
+        found, expected = loss(by_sample, guess, **option), loss(by_velocity, same_guess, **option)
+        clear = found < expected * 0.999  # nearly no noise, where the weight is bounded
+        assert clear.float().mean() < 0.1
+        torch.testing.assert_close(found[~clear], expected[~clear], rtol=1e-3, atol=1e-6)
+    timesteps = torch.full((64,), 500)
+    noisy, target = add_noise(by_sample, latents, torch.randn_like(latents), timesteps)
+    assert torch.equal(predicted_latents(by_sample, target, noisy, timesteps), latents)
+
+
+def test_a_flow_of_predicted_latents_ends_at_them_and_is_kept_in_the_config(tmp_path):
+    scheduler = create_scheduler("flow_matching", "sample", shift=2.0)
+    scheduler.save_pretrained(tmp_path)
+    scheduler = type(scheduler).from_pretrained(tmp_path)
+    assert predicts_sample(scheduler) and scheduler.config.shift == 2.0
+    picture, latents = torch.randn(2, 1, 4, 2, 2).unbind(0)
+    scheduler.set_timesteps(4)
+    for timestep in scheduler.timesteps:
+        velocity = scheduler_input(scheduler, picture, latents, timestep)
+        latents = scheduler.step(velocity, timestep, latents).prev_sample
+    torch.testing.assert_close(latents, picture)

@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 
 
 DENOISERS = {"UNet2DConditionModel": UNet2DConditionModel, "DiTTransformer2DModel": DiTTransformer2DModel}
@@ -96,6 +96,23 @@ def predict(
         one_hot = F.one_hot(labels, denoiser.config.encoder_hid_dim).to(noisy.dtype)
         return denoiser(noisy, timesteps, one_hot.unsqueeze(1)).sample
     return denoiser(noisy, timestep=timesteps, class_labels=labels).sample
+
+
+def predicts_sample(scheduler: SchedulerMixin) -> bool:
+    """Whether a denoiser is trained to predict the latents without noise."""
+    return scheduler.config.get("prediction_type") == "sample"
+
+
+def scheduler_input(
+    scheduler: SchedulerMixin, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """
+    A denoiser's prediction as the `step` of its scheduler wants it. Those of diffusion take each `prediction_type`;
+    that of flow matching takes velocities only, (x_t - x) / sigma.
+    """
+    if predicts_sample(scheduler) and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return (noisy - prediction) / (timestep / scheduler.config.num_train_timesteps)
+    return prediction
 
 
 def token_dimension(denoiser: nn.Module) -> tuple[int, int]:

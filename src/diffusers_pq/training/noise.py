@@ -4,13 +4,16 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
+
+from ..models.class_conditioning import predicts_sample
 
 
 # Values in the latents that the unshifted schedules suit: 32 x 32 x 4, those of a 256 px picture in LDM.
 BASE_DIMENSION = 32 * 32 * 4
+# Below it, errors of predicted latents weigh no more (Li & He, 2025, "Back to Basics").
+_MIN_SIGMA = 0.05
 # LDM's: linear in the square root of beta.
 _LDM_BETAS = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
 
@@ -69,8 +72,8 @@ def adapt_schedule(
 def _check_prediction_type(prediction_type: str):
     if prediction_type == "epsilon":
         raise ValueError(
-            "`rescale_betas_zero_snr` needs `prediction_type` v_prediction: from epsilon, no picture can be told at "
-            "the last timestep."
+            "`rescale_betas_zero_snr` needs `prediction_type` v_prediction or sample: from epsilon, no picture can be "
+            "told at the last timestep."
         )
 
 
@@ -82,7 +85,8 @@ def create_scheduler(
 
     Args:
         objective (`str`): `"diffusion"`, with LDM's schedule, or `"flow_matching"`.
-        prediction_type (`str`): `"epsilon"` or `"v_prediction"`, of diffusion.
+        prediction_type (`str`): What the denoiser is to predict: of diffusion `"epsilon"`, `"v_prediction"` or
+            `"sample"`, the latents without noise; of flow matching the velocity, or `"sample"`.
         shift (`float`): See [`latent_shift`]; 1 shifts nothing.
         rescale_betas_zero_snr (`bool`): End diffusion in pure noise (Lin et al., 2024).
 
@@ -90,7 +94,10 @@ def create_scheduler(
         ValueError: if epsilon is to be predicted where there is nothing but noise.
     """
     if objective == "flow_matching":
-        return FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        if prediction_type == "sample":  # which the scheduler itself does not know, but keeps
+            scheduler.register_to_config(prediction_type="sample")
+        return scheduler
     if rescale_betas_zero_snr:
         _check_prediction_type(prediction_type)
     schedule = _LDM_BETAS
@@ -133,7 +140,7 @@ def add_noise(
     timesteps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Noisy latents and what a denoiser is to predict from them: epsilon, v, or the flow's velocity.
+    Noisy latents and what a denoiser is to predict from them: epsilon, v, the flow's velocity, or the latents.
 
     Args:
         scheduler: Gives the noise schedule and the `prediction_type`.
@@ -146,14 +153,17 @@ def add_noise(
     """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         sigmas = _sigmas(scheduler, timesteps)
-        return (1 - sigmas) * latents + sigmas * noise, noise - latents
+        noisy = (1 - sigmas) * latents + sigmas * noise
+        return noisy, latents if predicts_sample(scheduler) else noise - latents
     noisy = scheduler.add_noise(latents, noise, timesteps)
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
         return noisy, noise
     if prediction_type == "v_prediction":
         return noisy, scheduler.get_velocity(latents, noise, timesteps)
-    raise ValueError(f'`prediction_type` must be "epsilon" or "v_prediction", but is {prediction_type!r}.')
+    if prediction_type == "sample":
+        return noisy, latents
+    raise ValueError(f'`prediction_type` must be "epsilon", "v_prediction" or "sample", but is {prediction_type!r}.')
 
 
 def predicted_latents(
@@ -163,6 +173,8 @@ def predicted_latents(
     timesteps: torch.Tensor,
 ) -> torch.Tensor:
     """The latents without noise that follow from a prediction, the inverse of [`add_noise`]; same shapes as there."""
+    if predicts_sample(scheduler):
+        return prediction
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return noisy - _sigmas(scheduler, timesteps) * prediction
     if scheduler.config.prediction_type == "v_prediction":
@@ -172,8 +184,11 @@ def predicted_latents(
     return (noisy - (1 - alphas).sqrt() * prediction) / alphas.sqrt()
 
 
-def _sigmas(scheduler: FlowMatchEulerDiscreteScheduler, timesteps: torch.Tensor) -> torch.Tensor:
-    return (timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+def _sigmas(scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """How much noise there is at timesteps `[B]`: `[B, 1, 1, 1]`."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return (timesteps / scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+    return (1 - scheduler.alphas_cumprod.to(timesteps.device)[timesteps]).sqrt().view(-1, 1, 1, 1)
 
 
 def denoising_loss(
@@ -187,7 +202,9 @@ def denoising_loss(
     weighting_scheme: str = "none",
 ) -> torch.Tensor:
     """
-    Mean squared error of the prediction at random timesteps.
+    Mean squared error of the prediction at random timesteps; of predicted latents (`prediction_type` sample) the error
+    of the v or the velocity that follows from them, (x_predicted - x) / sigma (Li & He, 2025, "Back to Basics": data
+    lie near a manifold and noise does not, so a narrow denoiser can predict the former).
 
     Args:
         denoiser: Maps noisy latents, timesteps and condition to a prediction.
@@ -205,17 +222,20 @@ def denoising_loss(
         `torch.Tensor` of shape `(B,)`, float32.
 
     Raises:
-        ValueError: if the scheduler predicts something else than epsilon or v.
+        ValueError: if the scheduler predicts something else than epsilon, v or latents.
     """
     device = latents.device if generator is None else "cpu"
     noise = torch.randn(latents.shape, generator=generator, device=device).to(latents.device)
     timesteps = draw_timesteps(scheduler, len(latents), weighting_scheme, generator, device).to(latents.device)
     noisy, target = add_noise(scheduler, latents, noise, timesteps)
     prediction = denoiser(noisy, timesteps, condition).float()
-    loss = F.mse_loss(prediction, target, reduction="none").mean((2, 3))
+    error = prediction - target
+    if predicts_sample(scheduler):
+        error = error / _sigmas(scheduler, timesteps).clamp(min=_MIN_SIGMA)
+    loss = error.square().mean((2, 3))
     loss = loss.mean(1) if channel_weights is None else (loss * channel_weights.to(loss)).mean(1)
     if snr_gamma is None:
         return loss
     snr = compute_snr(scheduler, timesteps)
-    offset = 1 if scheduler.config.prediction_type == "v_prediction" else 0
+    offset = 0 if scheduler.config.prediction_type == "epsilon" else 1
     return loss * snr.clamp(max=snr_gamma) / (snr + offset).clamp(min=1e-8)
