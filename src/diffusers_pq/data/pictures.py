@@ -13,6 +13,7 @@ from PIL.Image import Transpose
 from torch.utils.data import Dataset
 
 from ..images import to_rgb, to_tensor
+from .folders import PictureFolder
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ def load_images(
 
     Args:
         dataset_name (`str`, *optional*): A Hub dataset or a local folder of parquet files or webdataset tars.
-        train_data_dir (`str`, *optional*): A folder in the `imagefolder` layout; exclusive with `dataset_name`.
+        train_data_dir (`str`, *optional*): A folder of pictures, see [`~diffusers_pq.data.folders.PictureFolder`];
+            exclusive with `dataset_name`.
         image_column (`str`): The column that holds the pictures.
         split (`str`): `"train"`, `"validation"`, ...
         streaming (`bool`): Read while training instead of downloading first.
@@ -48,25 +50,36 @@ def load_images(
 
     Raises:
         ValueError: if neither or both sources are given, or a column is missing; the message lists the columns.
+        FileNotFoundError: if the folder does not exist or holds no pictures.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError("Give exactly one of `--dataset_name` and `--train_data_dir`.")
-    options = {"cache_dir": cache_dir, "streaming": streaming}
-    if dataset_name is not None:
-        splits = datasets.load_dataset(dataset_name, dataset_config_name, **options)
+    folder = _picture_folder(dataset_name, train_data_dir)
+    if folder is not None:
+        dataset = folder.load(split, image_column, needs_metadata=bool(other_columns), cache_dir=cache_dir)
     else:
-        splits = datasets.load_dataset("imagefolder", data_dir=train_data_dir, **options)
-    if split not in splits:
+        dataset = datasets.load_dataset(
+            dataset_name, dataset_config_name, cache_dir=cache_dir, streaming=streaming
+        ).get(split)
+    if dataset is None:
         return None
-    dataset = splits[split]
     if dataset.features is None:  # of some streams, columns are known only from the first rows
         dataset = dataset._resolve_features()
     for column in (image_column, *other_columns):
         if column not in dataset.column_names:
             raise ValueError(f"There is no column {column!r}; the dataset has {', '.join(dataset.column_names)}.")
-    return dataset.select_columns([image_column, *other_columns]).cast_column(
-        image_column, datasets.Image(decode=False)
-    )
+    dataset = dataset.select_columns([image_column, *other_columns])
+    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset.to_iterable_dataset() if folder is not None and streaming else dataset
+
+
+def _picture_folder(dataset_name: str | None, train_data_dir: str | None) -> PictureFolder | None:
+    if train_data_dir is not None:
+        return PictureFolder(train_data_dir)
+    if not Path(dataset_name).is_dir():
+        return None
+    folder = PictureFolder(dataset_name)
+    return folder if folder.is_dataset_of_pictures() else None
 
 
 def decode_image(value: dict, min_side: int = 1) -> PIL.Image.Image:
