@@ -30,17 +30,17 @@ from diffusers_pq.data.pictures import ClassLabels, ConditionedCrops, load_image
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.evaluation.reconstruction import EvaluationData
 from diffusers_pq.files import replacing, write_json
-from diffusers_pq.flags import named
+from diffusers_pq.flags import named, trained_unlike
 from diffusers_pq.images import to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import FID, PSNR, SSIM
 from diffusers_pq.models.class_conditioning import predict
+from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions
 from diffusers_pq.training.noise import add_noise, predicted_latents
 
 
-# In what the runs may differ.
-OWN_SETTINGS = ("vae_name_or_path", "vae_subfolder", "latents_dir", "output_dir", "noise_shift")
-OWN_SETTINGS += ("resume_from_checkpoint",)
+# What is compared.
+OWN_SETTINGS = ("vae_name_or_path", "vae_subfolder", "latents_dir", "noise_shift")
 NOISE_DRAWS = 4  # for each held-out picture
 THUMBNAIL_SIDE = 8
 
@@ -87,12 +87,13 @@ def parse_args(argv=None):
 def read_configs(runs):
     """How each run was trained; a `ValueError` if not as the others."""
     configs = {label: json.loads((folder / "training_config.json").read_text()) for label, folder in runs.items()}
-    shared = {label: {k: v for k, v in config.items() if k not in OWN_SETTINGS} for label, config in configs.items()}
-    first = next(iter(shared.values()))
-    for label, settings in shared.items():
-        unlike = sorted(key for key in first.keys() | settings.keys() if first.get(key) != settings.get(key))
-        if unlike:
-            raise ValueError(f"{label} was not trained like {next(iter(shared))}: {', '.join(unlike)} differ.")
+    first, *others = configs
+    for label in others:
+        differing = trained_unlike(
+            LatentDiffusionOptions, configs[label], configs[first], between_machines=False, own=OWN_SETTINGS
+        )
+        if differing:
+            raise ValueError(f"{label} was not trained like {first}: {', '.join(sorted(differing))} differ.")
     return configs
 
 

@@ -26,6 +26,7 @@ import argparse
 import datetime
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,11 +37,11 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from diffusers_pq import PQModel
 from diffusers_pq.evaluation.reconstruction import (
     EvaluationData,
-    check_settings,
     describe_latents,
     evaluate_autoencoder,
 )
 from diffusers_pq.files import write_json, write_text
+from diffusers_pq.flags import parse, trained_unlike, unlike
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import METRICS, load_metrics
@@ -55,8 +56,7 @@ ROOT = Path(__file__).parent.parent
 RECIPE = ("--config", str(ROOT / "training_scripts" / "recipes" / "pqgan-mini.yaml"), "--max_train_steps", "600")
 # Six pictures are too few for the distances between distributions.
 PHOTOGRAPH_METRICS = ("psnr", "ssim", "lpips_alex")
-SETTINGS = ("resolution", "train_batch_size", "max_train_steps", "learning_rate", "weight_init", "codebook_init")
-SETTINGS += ("perceptual_weight", "discriminator_weight", "kl_weight", "seed", "dataset_name", "train_data_dir")
+OWN_SETTINGS = ("vq_codebook_size", "eval_resolution", "max_eval_samples", "model_config")
 # Flags that not all bottlenecks know.
 NOT_FOR_ALL = ("codebook_distance", "gradient_estimator", "codebook_ema_decay", "reseed_dead_entries")
 NOT_FOR_ALL += ("quantize_from_step", "backbone_name_or_path", "pretrained_model_name_or_path")
@@ -81,40 +81,42 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def build(name, config, args, train_args):
+def build(name, config, args, options):
     """A bottleneck that starts from the same crops as all others, as the flags say."""
-    train_images = load_train_split(train_args)
+    train_images = load_train_split(options.data)
     autoencoder = create_bottleneck(name, config, args.vq_codebook_size)
-    torch.manual_seed(train_args.seed)
+    torch.manual_seed(options.optim.seed)
     copy_matching_weights(autoencoder, PQModel.from_config(config))  # encoder and decoder
-    if train_args.weight_init == "pca":
-        pqgan.fit_to_images(train_args, autoencoder, train_images)
-    if train_args.codebook_init == "kmeans" and name not in ("kl", "none"):
+    if options.model.weight_init == "pca":
+        pqgan.fit_to_images(options, autoencoder, train_images)
+    if options.codebooks.codebook_init == "kmeans" and name not in ("kl", "none"):
         # The same number for all, that of the one with the most entries.
-        wanted = train_args.kmeans_vectors_per_entry * max(config["codebook_size"], args.vq_codebook_size)
-        crops = pqgan.first_crops(train_args, train_images)
+        wanted = options.codebooks.kmeans_vectors_per_entry * max(config["codebook_size"], args.vq_codebook_size)
+        crops = pqgan.first_crops(options, train_images)
         fit_quantizer(autoencoder.quantizer, collect_latents(autoencoder, crops, wanted))
     return autoencoder
 
 
-def train(name, config, args, train_args):
+def train(name, config, args, options):
     if name == "none":
-        train_args = argparse.Namespace(**vars(train_args) | {"quantize_from_step": train_args.max_train_steps})
-    pqgan.train_pqgan(train_args, lambda: build(name, config, args, train_args))
+        codebooks = replace(options.codebooks, quantize_from_step=options.optim.max_train_steps)
+        options = replace(options, codebooks=codebooks)
+    pqgan.train_pqgan(options, lambda: build(name, config, args, options))
 
 
-def evaluate_validation(accelerator, model, args, train_args):
+def evaluate_validation(accelerator, model, args, options):
+    source = options.data
     data = EvaluationData(
-        dataset_name=train_args.dataset_name,
-        data_dir=train_args.train_data_dir,
-        dataset_config_name=train_args.dataset_config_name,
-        image_column=train_args.image_column,
+        dataset_name=source.dataset_name,
+        data_dir=source.train_data_dir,
+        dataset_config_name=source.dataset_config_name,
+        image_column=source.image_column,
         resolution=args.eval_resolution,
         max_samples=args.max_eval_samples,
     )
     share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-    options = {"streaming": train_args.streaming, "cache_dir": train_args.cache_dir}
-    loader = data.loader(train_args.train_batch_size, **options, **share)
+    reading = {"streaming": source.streaming, "cache_dir": source.cache_dir}
+    loader = data.loader(options.optim.train_batch_size, **reading, **share)
     metrics, unavailable = load_metrics(tuple(METRICS))
     scores, pictures = evaluate_autoencoder(accelerator, model, loader, metrics)
     return {"pictures": pictures, "scores": scores, "unavailable": unavailable}
@@ -130,24 +132,34 @@ def evaluate_photographs(model):
     return {"pictures": len(load_photographs()), "scores": scores, "unavailable": unavailable}
 
 
+def check_trained_alike(found, wanted, folder):
+    """Raise a `ValueError` if another bottleneck was trained or evaluated otherwise."""
+    differing = trained_unlike(pqgan.PQGANOptions, found, wanted, between_machines=False)
+    differing |= unlike(found, wanted, OWN_SETTINGS)
+    if differing:
+        listed = ", ".join(f"{name} {there!r} there, {here!r} now" for name, (there, here) in differing.items())
+        raise ValueError(f"{folder} was trained or evaluated otherwise: {listed}. Choose another --runs_dir.")
+
+
 def run_bottleneck(name, config, args):
     folder = args.runs_dir / name
     flags = [*args.flags, "--model_config_name_or_path", args.model_config, "--output_dir", str(folder)]
-    train_args = pqgan.parse_args(flags)
-    usual = pqgan.parse_args(["--model_config_name_or_path", args.model_config])
-    if given := [flag for flag in NOT_FOR_ALL if getattr(train_args, flag) != getattr(usual, flag)]:
+    options = pqgan.PQGANOptions.of(parse(pqgan.PQGANOptions, flags))
+    usual = pqgan.PQGANOptions.of({"model_config_name_or_path": args.model_config})
+    if given := list(unlike(usual.settings(), options.settings(), NOT_FOR_ALL)):
         raise ValueError(f"Not all bottlenecks know --{', --'.join(given)}: leave it out.")
-    settings = {key: getattr(train_args, key) for key in SETTINGS}
-    settings |= {key: getattr(args, key) for key in ("vq_codebook_size", "eval_resolution", "max_eval_samples")}
+    settings = options.settings() | {
+        key: getattr(args, key) for key in ("vq_codebook_size", "eval_resolution", "max_eval_samples")
+    }
     settings["model_config"] = {key: value for key, value in config.items() if not key.startswith("_")}
     for path in args.runs_dir.glob("*/settings.json"):
-        check_settings(json.loads(path.read_text()), settings, path.parent)
+        check_trained_alike(json.loads(path.read_text()), settings, path.parent)
     if (folder / "results.json").is_file():
         return
     if PartialState().is_main_process:
         write_json(folder / "settings.json", settings)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        train(name, config, args, train_args)
+        train(name, config, args, options)
         if PartialState().num_processes > 1:
             sys.exit(f"{name} is trained. Start the same command again to go on.")
     accelerator = Accelerator()
@@ -155,7 +167,7 @@ def run_bottleneck(name, config, args):
     result = {
         "name": name,
         "latents": describe_latents(model, args.eval_resolution),
-        "validation": evaluate_validation(accelerator, model, args, train_args),
+        "validation": evaluate_validation(accelerator, model, args, options),
         "photographs": evaluate_photographs(model),
         "settings": settings,
         "date": datetime.date.today().isoformat(),

@@ -13,51 +13,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from diffusers_pq.evaluation.reconstruction import read_results
 from diffusers_pq.files import write_json
+from diffusers_pq.flags import trained_unlike, unlike
+from diffusers_pq.training.pqgan import PQGANOptions
 
 
 logger = logging.getLogger(__name__)
 
-# What must agree in all trainings of a sweep, of the flags of train_pqgan.py. Others may differ between machines: one
-# with more processes takes fewer crops in each.
-_SHARED_FLAGS = (
-    "backbone_name_or_path",
-    "dataset_name",
-    "dataset_config_name",
-    "resolution",
-    "crops_per_image",
-    "min_image_side",
-    "random_flip",
-    "max_train_steps",
-    "learning_rate",
-    "discriminator_learning_rate",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "adam_beta1",
-    "adam_beta2",
-    "max_grad_norm",
-    "weight_init",
-    "codebook_init",
-    "kmeans_vectors_per_entry",
-    "codebook_distance",
-    "codebook_weight",
-    "codebook_ema_decay",
-    "reseed_dead_entries",
-    "gradient_estimator",
-    "use_ema",
-    "ema_decay",
-    "quantize_from_step",
-    "perceptual_weight",
-    "discriminator_weight",
-    "seed",
-)
 _EVALUATIONS = "evaluations.json"
 _RENEWALS = 10  # of a claim, within the time that makes it stale
 
@@ -216,11 +186,11 @@ class Sweep:
             ValueError: if a configuration was trained with another model or other flags, or evaluated otherwise, which
                 would make the results incomparable.
         """
-        wanted = {name: train_flags[name] for name in _SHARED_FLAGS}
         for configuration in configurations:
             folder = self.folder(configuration)
-            _check_same(folder / "model_config.json", self.model_config_of(configuration))
-            _check_same(folder / "training_config.json", wanted)
+            _check_same(folder / "model_config.json", unlike, self.model_config_of(configuration))
+            # Machines may differ: one with more processes takes fewer crops in each.
+            _check_same(folder / "training_config.json", partial(trained_unlike, PQGANOptions), train_flags)
             self._check_evaluations(folder / _EVALUATIONS)
 
     def _check_evaluations(self, path: Path):
@@ -321,16 +291,13 @@ def _die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _check_same(path: Path, wanted: dict):
+def _check_same(path: Path, compare: Callable[[dict, dict], dict], wanted: dict):
     if not path.is_file():
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(wanted))
-    differences = [
-        f"{name} {found.get(name)!r}, now {value!r}" for name, value in wanted.items() if found.get(name) != value
-    ]
-    if differences:
+    found = compare(json.loads(path.read_text(encoding="utf-8")), wanted)
+    if found:
+        listed = "; ".join(f"{name} {there!r}, now {here!r}" for name, (there, here) in found.items())
         raise ValueError(
-            f"{path.parent} was trained with {'; '.join(differences)}: use the same flags, choose another "
-            "`--output_dir`, or remove the folder."
+            f"{path.parent} was trained with {listed}: use the same flags, choose another `--output_dir`, or remove "
+            "the folder."
         )

@@ -23,7 +23,8 @@ from sweep import Sweep, grid
 
 from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.evaluation.options import parse_reconstruction_args
-from diffusers_pq.training import pqgan
+from diffusers_pq.flags import parse
+from diffusers_pq.training.pqgan import PQGANOptions
 
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "training_scripts"
@@ -64,7 +65,7 @@ def parse_args(argv=None):
         help="seconds without a sign of life after which a worker's configuration is taken over",
     )
     args, args.train_flags = parser.parse_known_args(argv)
-    args.train_args = pqgan.parse_args(args.train_flags)
+    args.train_args = parse(PQGANOptions, args.train_flags)
     if args.train_args.pretrained_model_name_or_path or args.train_args.dry_run or args.train_args.push_to_hub:
         parser.error("a sweep needs --model_config_name_or_path, and goes without --dry_run and --push_to_hub")
     args.evaluation_flags = [evaluation_flags(text, args.train_args) for text in args.evaluation or [""]]

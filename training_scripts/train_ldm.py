@@ -8,15 +8,16 @@ The autoencoder is a PQModel or any other image autoencoder of diffusers, the de
 `training_scripts/README.md` explains the flags.
 """
 
-from diffusers_pq.training import latent_diffusion
+from diffusers_pq.flags import parse
+from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions, train_latent_diffusion
 
 
 def parse_args(argv=None):
-    return latent_diffusion.parse_args(argv, __doc__)
+    return parse(LatentDiffusionOptions, argv, __doc__)
 
 
 def main(args):
-    latent_diffusion.train_latent_diffusion(args)
+    train_latent_diffusion(LatentDiffusionOptions.of(args))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,16 @@
 The defaults are the paper's (Table 4, appendix A.1) for one process; `training_scripts/README.md` has the recipes.
 """
 
-from diffusers_pq.training import pqgan
+from diffusers_pq.flags import parse
+from diffusers_pq.training.pqgan import PQGANOptions, train_pqgan
 
 
 def parse_args(argv=None):
-    return pqgan.parse_args(argv, __doc__)
+    return parse(PQGANOptions, argv, __doc__)
 
 
 def main(args):
-    pqgan.train_pqgan(args)
+    train_pqgan(PQGANOptions.of(args))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,16 @@ The UNet's first and last convolution are widened; the stages of `--stages` foll
 `training_scripts/README.md` explains the flags.
 """
 
-from diffusers_pq.training import stable_diffusion
+from diffusers_pq.flags import parse
+from diffusers_pq.training.stable_diffusion import AdaptationOptions, adapt_stable_diffusion
 
 
 def parse_args(argv=None):
-    return stable_diffusion.parse_args(argv, __doc__)
+    return parse(AdaptationOptions, argv, __doc__)
 
 
 def main(args):
-    stable_diffusion.adapt_stable_diffusion(args)
+    adapt_stable_diffusion(AdaptationOptions.of(args))
 
 
 if __name__ == "__main__":

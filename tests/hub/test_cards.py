@@ -1,6 +1,5 @@
 """The cards of `model_cards/` and those that training writes: rendered, read back as the Hub reads them, and run."""
 
-import argparse
 import json
 import re
 import shutil
@@ -24,7 +23,7 @@ from diffusers_pq.cli import main
 from diffusers_pq.evaluation.reconstruction import EvaluationData, run_evaluation
 from diffusers_pq.hub.cards import CardRepository, hub_id, write_configuration
 from diffusers_pq.hub.push import check_folder, read_json
-from diffusers_pq.training.run import write_card
+from diffusers_pq.hub.run_card import write_run_card
 
 
 ROOT = Path(__file__).parents[2]
@@ -252,7 +251,7 @@ def run_settings(folder, **overrides):
         "hub_model_id": None,
         "hub_token": "hf_secret",
     }
-    return argparse.Namespace(**flags | overrides)
+    return flags | overrides
 
 
 def test_training_writes_a_card_with_recipe_results_and_what_it_started_from(tmp_path, monkeypatch):
@@ -260,7 +259,7 @@ def test_training_writes_a_card_with_recipe_results_and_what_it_started_from(tmp
     args = run_settings(
         tmp_path / "run", backbone_name_or_path="org/backbone", pretrained_model_name_or_path=str(tmp_path)
     )
-    write_card(tmp_path / "run", args, 20, {"step": 10, "psnr": 21.5, "ssim": 0.5})
+    write_run_card(tmp_path / "run", args, 20, {"step": 10, "psnr": 21.5, "ssim": 0.5})
     card = check_folder(tmp_path / "run")
     assert card.data.base_model == ["org/backbone"] and card.data.datasets == ["org/pictures"]
     scores = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
@@ -274,14 +273,14 @@ def test_training_writes_a_card_with_recipe_results_and_what_it_started_from(tmp
 def test_training_renews_its_own_card_but_not_one_that_was_edited(tmp_path):
     PQModel(**tiny_config()).save_pretrained(tmp_path)
     args = run_settings(tmp_path, dataset_name=None, train_data_dir="data/mine")
-    write_card(tmp_path, args, 10, None)
+    write_run_card(tmp_path, args, 10, None)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.get("eval_results") is None and card.data.datasets is None and card.data.base_model is None
-    write_card(tmp_path, args, 20, None)
+    write_run_card(tmp_path, args, 20, None)
     assert "20 of 20 steps" in (tmp_path / "README.md").read_text()
     edited = (tmp_path / "README.md").read_text().replace("<!-- Written by", "<!-- Mended after")
     (tmp_path / "README.md").write_text(edited)
-    write_card(tmp_path, args, 30, None)
+    write_run_card(tmp_path, args, 30, None)
     assert (tmp_path / "README.md").read_text() == edited
 
 
@@ -293,7 +292,7 @@ def test_training_writes_cards_of_pipelines_and_of_adapters(tmp_path, monkeypatc
         settings = {"pretrained_model_name_or_path": "org/sd", "vae_name_or_path": "org/vae"}
         settings |= {"push_to_hub": True, "hub_model_id": f"me/{name}"}
         args = run_settings(tmp_path / name, **settings)
-        write_card(tmp_path / name, args, 20, {"step": 20, "loss": 0.5})
+        write_run_card(tmp_path / name, args, 20, {"step": 20, "loss": 0.5})
         card = ModelCard.load(tmp_path / name / "README.md")
         assert card.data.base_model == ["org/sd", "org/vae"] and card.data.pipeline_tag == "text-to-image"
         assert f'from_pretrained("me/{name}"' in card.text and "holds no weights" not in card.text

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_pq.training.options import parse_args_with_recipe
+from diffusers_pq.flags import parse_args_with_recipe
 
 
 ROOT = Path(__file__).parents[2]

@@ -36,6 +36,7 @@ from diffusers_pq.training.pqgan import (
     AutoencoderLoss,
     AutoencoderTrainer,
     LossWeights,
+    PQGANOptions,
     ReconstructionModel,
     adaptive_weight,
     build_discriminator,
@@ -293,10 +294,12 @@ def test_fine_tuning_goes_on_with_the_discriminator_of_the_pretrained_model(tmp_
     trained.save_pretrained(tmp_path / "discriminator")
     script = runpy.run_path(str(SCRIPT))
     source = ("--pretrained_model_name_or_path", str(tmp_path))
-    loaded = build_discriminator(script["parse_args"](source))
+    options = PQGANOptions.of(script["parse_args"](source))
+    loaded = build_discriminator(options.model, options.loss)
     assert loaded.training
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in trained.state_dict().items())
-    assert build_discriminator(script["parse_args"]((*source, "--discriminator_weight", "0"))) is None
+    without = PQGANOptions.of(script["parse_args"]((*source, "--discriminator_weight", "0")))
+    assert build_discriminator(without.model, without.loss) is None
 
 
 def test_takes_the_backbone_of_another_kind_of_autoencoder(workspace):

@@ -5,8 +5,8 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -28,6 +28,13 @@ from ..data.loaders import build_train_loader, change_data, first_batches
 from ..data.pictures import ClassLabels, ConditionedCrops, Prompts, usable_rows
 from ..models.class_conditioning import predict
 from .noise import denoising_loss
+from .options import (
+    DenoiserDataOptions,
+    DenoiserOptimisationOptions,
+    DenoiserRunOptions,
+    NoiseOptions,
+    TrainingOptions,
+)
 from .run import (
     FiniteSteps,
     TrainingRun,
@@ -43,6 +50,8 @@ from .run import (
 
 
 logger = logging.getLogger(__name__)
+
+_STAGE = "RESOLUTION:STEPS:LEARNING_RATE:conv or ...:all"
 
 
 @dataclass
@@ -62,24 +71,69 @@ class Stage:
     learning_rate: float
     trained: str
 
+    def __post_init__(self):
+        if self.resolution < 1 or self.steps < 1 or not self.learning_rate >= 0:
+            raise ValueError(
+                f"a stage needs a resolution and steps of at least 1 and a learning rate of at least 0, but is {self}"
+            )
+
     @classmethod
     def parse(cls, text: str) -> "Stage":
         """
-        A stage as a recipe writes it, such as `384:20000:8e-5:conv`.
+        A stage as a command line writes it, such as `384:20000:8e-5:conv`.
 
         Raises:
             ValueError: if there are not four parts, or a part is not what it should be.
         """
         parts = text.split(":")
-        if len(parts) != 4 or parts[3] not in ("conv", "all"):
-            raise ValueError(f"a stage is RESOLUTION:STEPS:LEARNING_RATE:conv or ...:all, but one is {text!r}")
-        return cls(int(parts[0]), int(parts[1]), float(parts[2]), parts[3])
+        if len(parts) != 4:
+            raise ValueError(f"a stage is {_STAGE}, but one is {text!r}")
+        return cls._of(parts, text)
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, str]) -> "Stage":
+        """
+        A stage as a recipe writes it, such as `{resolution: 384, steps: 20000, learning_rate: 8e-5, trained: conv}`.
+
+        Raises:
+            ValueError: if there are not these four entries, or one is not what it should be.
+        """
+        names = [field.name for field in fields(cls)]
+        if not isinstance(mapping, Mapping) or mapping.keys() != set(names):
+            raise ValueError(f"a stage has {', '.join(names)}, but one is {mapping!r}")
+        return cls._of([mapping[name] for name in names], mapping)
+
+    @classmethod
+    def _of(cls, parts, source) -> "Stage":
+        resolution, steps, learning_rate, trained = parts
+        if trained not in ("conv", "all"):
+            raise ValueError(f"a stage is {_STAGE}, but one is {source!r}")
+        try:
+            return cls(int(resolution), int(steps), float(learning_rate), trained)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source!r} is no stage: {error}") from None
 
     def __str__(self) -> str:
         return f"{self.resolution}:{self.steps}:{self.learning_rate}:{self.trained}"
 
 
-def find_stage(stages: list[Stage], step: int) -> Stage:
+def parse_stages(stages: str | list) -> tuple[Stage, ...]:
+    """
+    The stages of a command line, one string with spaces between them, or of a recipe, a list of mappings or strings.
+
+    Raises:
+        argparse.ArgumentTypeError: if there is none, or one is not what it should be.
+    """
+    parts = stages.split() if isinstance(stages, str) else stages
+    try:
+        if not isinstance(parts, list) or not parts:
+            raise ValueError(f"there must be one or more, but there is {stages!r}")
+        return tuple(Stage.parse(part) if isinstance(part, str) else Stage.of(part) for part in parts)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def find_stage(stages: Sequence[Stage], step: int) -> Stage:
     """The stage that goes on after `step` steps of the run; beyond the last one, the last."""
     for stage, end in zip(stages, accumulate(stage.steps for stage in stages)):
         if step < end:
@@ -272,6 +326,16 @@ class DenoisingValidation:
         return {"loss": float(mean.compute())}
 
 
+@dataclass(kw_only=True)
+class DenoiserOptions(TrainingOptions):
+    """What every training of a denoiser has."""
+
+    data: DenoiserDataOptions
+    optim: DenoiserOptimisationOptions
+    noise: NoiseOptions
+    run: DenoiserRunOptions
+
+
 @dataclass
 class DenoiserTask:
     """
@@ -282,7 +346,7 @@ class DenoiserTask:
             `learned_parameters` are trained.
         vae (`nn.Module`): See [`encode_latents`].
         scheduler: See [`denoising_loss`].
-        stages (`list[Stage]`): Of the run, one after the other.
+        stages (`Sequence[Stage]`): Of the run, one after the other.
         condition_column (`str`): Of the dataset.
         condition ([`Prompts`] or [`ClassLabels`]): Of the pictures that are trained on.
         validation_condition ([`Prompts`] or [`ClassLabels`]): Of those that are validated on.
@@ -296,7 +360,7 @@ class DenoiserTask:
     denoiser: nn.Module
     vae: nn.Module
     scheduler: object
-    stages: list[Stage]
+    stages: Sequence[Stage]
     condition_column: str
     condition: Prompts | ClassLabels
     validation_condition: Prompts | ClassLabels
@@ -307,40 +371,41 @@ class DenoiserTask:
     parts: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, run: TrainingRun, task: DenoiserTask):
+def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: TrainingRun, task: DenoiserTask):
     """
     Train, validate, keep checkpoints and write the trained model; or do a dry run. To be called by all processes.
 
     Args:
-        args (`argparse.Namespace`): With the flags of `options.py`.
+        options ([`DenoiserOptions`])
         accelerator (`Accelerator`)
         run ([`TrainingRun`])
         task ([`DenoiserTask`])
 
     Raises:
-        ValueError: if the flags contradict each other.
+        ValueError: if options contradict each other.
     """
-    if args.snr_gamma is not None and args.rescale_betas_zero_snr:
+    data, noise = options.data, options.noise
+    if noise.snr_gamma is not None and noise.rescale_betas_zero_snr:
         raise ValueError(
             "--snr_gamma leaves the last timestep of --rescale_betas_zero_snr untrained: give one of them."
         )
     task.vae.to(accelerator.device)
-    if run.checkpoint is None and args.num_statistics_images:
-        _measure_statistics(args, task)
-    trainer = _build_trainer(args, accelerator, task)
+    if run.checkpoint is None and data.num_statistics_images:
+        _measure_statistics(options, task)
+    trainer = _build_trainer(options, accelerator, task)
     denoiser = accelerator.unwrap_model(trainer.denoiser)
     # A dry run measures the last stage, which takes the most time and memory.
-    stage = task.stages[-1] if args.dry_run else find_stage(task.stages, run.step)
+    stage = task.stages[-1] if options.run.dry_run else find_stage(task.stages, run.step)
     task.start_stage(denoiser, stage)
-    loader = _build_loader(args, accelerator, load_training_data(args, task, stage.resolution), run.step)
-    if args.dry_run:
+    loader = _build_loader(options, accelerator, load_training_data(data, task, stage.resolution), run.step)
+    if options.run.dry_run:
         batches = iter(loader)
-        dry_run(args, accelerator, task.parts, [trainer.optimizer], lambda: _take_step(trainer, task.vae, batches))
+        dry_run(options, accelerator, task.parts, [trainer.optimizer], lambda: _take_step(trainer, task.vae, batches))
         return
-    validation = _build_validation(args, accelerator, task)
+    validation = _build_validation(options, accelerator, task)
     run.start(trainer.ema)
-    vae_folder = Path(args.output_dir, "vae")
-    is_there = run.checkpoint is not None and saved_autoencoder(args, run).resolve() == vae_folder.resolve()
+    vae_folder = Path(options.run.output_dir, "vae")
+    is_there = run.checkpoint is not None and saved_autoencoder(run).resolve() == vae_folder.resolve()
     if accelerator.is_main_process and not is_there:
         task.vae.save_pretrained(vae_folder)
 
@@ -349,12 +414,12 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, run: Trai
         if find_stage(task.stages, run.step) is not stage:
             stage = find_stage(task.stages, run.step)
             task.start_stage(denoiser, stage)
-            data = load_training_data(args, task, stage.resolution)
-            change_data(loader, *data, _samples_seen(args, accelerator, run.step))
+            pictures = load_training_data(data, task, stage.resolution)
+            change_data(loader, *pictures, _samples_seen(options.optim, accelerator, run.step))
             batches = iter(loader)
         logs = _take_step(trainer, task.vae, batches)
         run.advance()
-        if run.is_due(args.logging_steps):
+        if run.is_due(options.run.logging_steps):
             logs |= {"lr": trainer.lr_scheduler.get_last_lr()[0], "resolution": stage.resolution}
             logs |= {
                 "skipped_steps": trainer.steps.skipped,
@@ -362,27 +427,27 @@ def train_denoiser(args: argparse.Namespace, accelerator: Accelerator, run: Trai
             }
             run.log(logs)
         # Before the checkpoint, which keeps the state of the random numbers that a validation draws.
-        if run.is_due(args.validation_steps):
+        if run.is_due(options.run.validation_steps):
             _validate(run, trainer, task, validation)
-        if run.is_due(args.checkpointing_steps) and not trainer.steps.in_a_row:
+        if run.is_due(options.run.checkpointing_steps) and not trainer.steps.in_a_row:
             run.save_checkpoint()
     with ema_weights(trainer.ema, denoiser.learned_parameters()):
         run.finish(partial(task.save, trainer))
 
 
-def saved_autoencoder(args: argparse.Namespace, run: TrainingRun) -> Path:
+def saved_autoencoder(run: TrainingRun) -> Path:
     """The folder of the autoencoder, with the latents' statistics, of the run that is resumed."""
     beside = run.checkpoint.parent / "vae"  # another run's, if its checkpoint was named
-    return beside if beside.is_dir() else Path(args.output_dir, "vae")
+    return beside if beside.is_dir() else Path(run.options.run.output_dir, "vae")
 
 
-def load_training_data(args: argparse.Namespace, task: DenoiserTask, resolution: int) -> tuple:
+def load_training_data(data: DenoiserDataOptions, task: DenoiserTask, resolution: int) -> tuple:
     """The rows to train on at a resolution, and the transform that makes examples of them."""
-    if args.latents_dir:
-        return load_cached_codes(args.latents_dir, resolution, task.vae, task.condition, args.cache_dir)
-    images = load_train_split(args, task.condition_column)
-    options = args.center_crop, args.random_flip, args.min_image_side
-    return images, ConditionedCrops(args.image_column, resolution, task.condition, *options)
+    if data.latents_dir:
+        return load_cached_codes(data.latents_dir, resolution, task.vae, task.condition, data.cache_dir)
+    images = load_train_split(data, task.condition_column)
+    crops = data.center_crop, data.random_flip, data.min_image_side
+    return images, ConditionedCrops(data.image_column, resolution, task.condition, *crops)
 
 
 def check_resolution(name: str, resolution: int, factor: int):
@@ -391,11 +456,11 @@ def check_resolution(name: str, resolution: int, factor: int):
         raise ValueError(f"{name}: {resolution} must be a multiple of the downsampling factor F = {factor}.")
 
 
-def paint_each(args: argparse.Namespace, model: nn.Module, pipeline: Callable, inputs: list) -> torch.Tensor:
+def paint_each(model: nn.Module, pipeline: Callable, inputs: list, seed: int) -> torch.Tensor:
     """A picture of each input of a pipeline, uint8 `[N, 3, H, W]`; `model`, its denoiser, is left in training mode."""
     model.eval()
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(args.seed + number) for number in range(len(inputs))]
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(inputs))]
     images = pipeline(inputs, generator=generators, output_type="pt").images
     model.train()
     return (images * 255).round().to(torch.uint8).cpu()
@@ -408,45 +473,47 @@ def _latents_of(vae: nn.Module, batch: dict) -> torch.Tensor:
     return encode_latents(vae, batch["pixel_values"])
 
 
-def _measure_statistics(args, task):
+def _measure_statistics(options, task):
     """Of the run's first pictures, at the resolution of the last stage."""
-    rows, transform = load_training_data(args, task, task.stages[-1].resolution)
-    batches = first_batches(rows, transform, args.train_batch_size, None, args.seed, args.shuffle_buffer)
-    count = math.ceil(args.num_statistics_images / args.train_batch_size)
+    data, optim = options.data, options.optim
+    rows, transform = load_training_data(data, task, task.stages[-1].resolution)
+    batches = first_batches(rows, transform, optim.train_batch_size, None, optim.seed, data.shuffle_buffer)
+    count = math.ceil(data.num_statistics_images / optim.train_batch_size)
     set_latent_statistics(task.vae, (_latents_of(task.vae, batch) for batch in islice(batches, count)))
 
 
-def _build_trainer(args, accelerator, task) -> DenoiserTrainer:
+def _build_trainer(options, accelerator, task) -> DenoiserTrainer:
+    optim, noise = options.optim, options.noise
     optimizer = torch.optim.AdamW(
         task.denoiser.learned_parameters(),
         task.stages[0].learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        weight_decay=optim.adam_weight_decay,
         fused=True,
     )
-    lr_scheduler = _build_lr_scheduler(args, task.stages, optimizer, accelerator.num_processes)
+    lr_scheduler = _build_lr_scheduler(optim, task.stages, optimizer, accelerator.num_processes)
     prepared = accelerator.prepare(task.denoiser, optimizer, lr_scheduler)
     ema = None
-    if args.use_ema:
+    if optim.use_ema:
         learned = accelerator.unwrap_model(prepared[0]).learned_parameters()
-        ema = build_ema(args, accelerator, learned)
+        ema = build_ema(optim, accelerator, learned)
         accelerator.register_for_checkpointing(ema)
     return DenoiserTrainer(
         accelerator,
         *prepared,
         task.scheduler,
-        snr_gamma=args.snr_gamma,
-        max_grad_norm=args.max_grad_norm,
-        max_skipped_steps=args.max_skipped_steps,
+        snr_gamma=noise.snr_gamma,
+        max_grad_norm=optim.max_grad_norm,
+        max_skipped_steps=optim.max_skipped_steps,
         ema=ema,
-        channel_weights=channel_weights(task.vae, args.channel_weighting),
+        channel_weights=channel_weights(task.vae, noise.channel_weighting),
         weighting_scheme=task.weighting_scheme,
     )
 
 
-def _build_lr_scheduler(args, stages, optimizer, num_processes):
+def _build_lr_scheduler(optim, stages, optimizer, num_processes):
     """`--lr_scheduler` over the whole run, times each stage's learning rate."""
-    lr_scheduler = build_lr_scheduler(args, optimizer, num_processes)
+    lr_scheduler = build_lr_scheduler(optim, optimizer, num_processes)
     (whole_run,) = lr_scheduler.lr_lambdas
     first = stages[0].learning_rate
 
@@ -457,38 +524,40 @@ def _build_lr_scheduler(args, stages, optimizer, num_processes):
     return lr_scheduler
 
 
-def _samples_seen(args, accelerator, step) -> int:
+def _samples_seen(optim, accelerator, step) -> int:
     """By all processes together."""
-    return step * args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    return step * optim.train_batch_size * optim.gradient_accumulation_steps * accelerator.num_processes
 
 
-def _build_loader(args, accelerator, data, step) -> DataLoader:
+def _build_loader(options, accelerator, pictures, step) -> DataLoader:
+    data, optim = options.data, options.optim
     return build_train_loader(
-        *data,
+        *pictures,
         accelerator,
-        args.train_batch_size,
-        seed=args.seed,
-        start=_samples_seen(args, accelerator, step),
-        shuffle_buffer=args.shuffle_buffer,
-        num_workers=args.dataloader_num_workers,
-        on_bad_image=args.on_bad_image,
+        optim.train_batch_size,
+        seed=optim.seed,
+        start=_samples_seen(optim, accelerator, step),
+        shuffle_buffer=data.shuffle_buffer,
+        num_workers=data.dataloader_num_workers,
+        on_bad_image=data.on_bad_image,
     )
 
 
-def _build_validation(args, accelerator, task) -> DenoisingValidation | None:
-    images = load_split(args, "validation", task.condition_column)
+def _build_validation(options, accelerator, task) -> DenoisingValidation | None:
+    column = options.data.image_column
+    images = load_split(options.data, "validation", task.condition_column)
     if images is None:
         logger.warning("The dataset has no `validation` split: no validation loss.")
         return None
-    rows = usable_rows(images, args.image_column, args.num_validation_images)
+    rows = usable_rows(images, column, options.run.num_validation_images)
     if not rows:
         logger.warning("No picture of the `validation` split can be used: no validation loss.")
         return None
     crops = {"center_crop": True, "min_image_side": 1}
     resolution = task.stages[-1].resolution
-    transform = ConditionedCrops(args.image_column, resolution, task.validation_condition, **crops)
-    weights = channel_weights(task.vae, args.channel_weighting)
-    latents = task.vae, task.scheduler, args.train_batch_size, weights
+    transform = ConditionedCrops(column, resolution, task.validation_condition, **crops)
+    weights = channel_weights(task.vae, options.noise.channel_weighting)
+    latents = task.vae, task.scheduler, options.optim.train_batch_size, weights
     return DenoisingValidation(accelerator, rows, transform, *latents)
 
 

@@ -1,20 +1,23 @@
 """Class-conditional latent diffusion from scratch (supplement D and Table 5)."""
 
-import argparse
 import json
 import logging
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from accelerate.utils import DistributedType
 
 from ..autoencoders import downsampling_factor
 from ..data.pictures import ClassLabels, class_names
 from ..evaluation.systems import load_pretrained
+from ..flags import REQUIRED, Options, flag, with_default
 from ..models.class_conditioning import create_class_conditional_denoiser, num_classes, token_dimension
 from ..pipelines.pipeline_latent_diffusion_pq import LatentDiffusionPQPipeline
 from .denoiser import (
     ClassConditionalDenoiser,
+    DenoiserOptions,
     DenoiserTask,
     Stage,
     check_resolution,
@@ -23,13 +26,7 @@ from .denoiser import (
     train_denoiser,
 )
 from .noise import create_scheduler, latent_shift
-from .options import (
-    add_data_arguments,
-    add_denoising_arguments,
-    add_optimisation_arguments,
-    add_run_arguments,
-    parse_args_with_recipe,
-)
+from .options import DenoiserDataOptions, DenoiserOptimisationOptions, DenoiserRunOptions, NoiseOptions
 from .run import TrainingRun, create_accelerator, load_train_split, prepare_model, whole_module
 from .uploads import BestModel
 
@@ -37,98 +34,132 @@ from .uploads import BestModel
 logger = logging.getLogger(__name__)
 
 
-def train_latent_diffusion(args: argparse.Namespace):
+def class_label(text: str) -> int | str:
+    """A class's number, or its name."""
+    return int(text) if text.isdecimal() else text
+
+
+@dataclass(kw_only=True)
+class LatentDiffusionModelOptions(Options):
+    """Which denoiser to train, on the latents of which autoencoder."""
+
+    title: ClassVar[str] = "model"
+
+    vae_name_or_path: str = flag(REQUIRED, "PQModel or another image autoencoder of diffusers; folder or Hub")
+    vae_subfolder: str | None = flag(None, 'of the autoencoder, "vae" of a pipeline')
+    model_config_name_or_path: str = flag(
+        REQUIRED,
+        "JSON file of a UNet2DConditionModel or DiTTransformer2DModel; channels, size and classes are filled in",
+    )
+
+
+@dataclass(kw_only=True)
+class ObjectiveOptions(NoiseOptions):
+    """How latents are mixed with noise, what is predicted, and how errors weigh."""
+
+    objective: str = flag("diffusion", "what the denoiser learns", choices=("diffusion", "flow_matching"))
+    prediction_type: str = flag(
+        "epsilon", "what a denoiser of diffusion predicts", choices=("epsilon", "v_prediction")
+    )
+    weighting_scheme: str = flag(
+        "none", "how the timesteps of flow matching are drawn", choices=("none", "logit_normal")
+    )
+
+    def check(self):
+        super().check()
+        if self.objective == "flow_matching":
+            usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "snr_gamma": None}
+            for name, default in usual.items():
+                if getattr(self, name) != default:
+                    raise ValueError(f"--{name} is of diffusion: leave it out with --objective flow_matching")
+        elif self.weighting_scheme != "none":
+            raise ValueError("--weighting_scheme needs --objective flow_matching")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise ValueError("--rescale_betas_zero_snr needs --prediction_type v_prediction")
+
+
+@dataclass(kw_only=True)
+class LabelledDataOptions(DenoiserDataOptions):
+    """What labelled pictures to train on."""
+
+    label_column: str = flag("label", "column of the classes: ClassLabel, whole numbers or strings")
+    class_names_file: str | None = flag(None, "text file with a name in each line; for streams that hold none")
+    resolution: int = flag(256, "side of the pictures, in pixels", minimum=1)
+    proportion_empty_labels: float = flag(0.1, "labels left out, for classifier-free guidance", minimum=0, maximum=1)
+
+
+@dataclass(kw_only=True)
+class LatentDiffusionOptimisationOptions(DenoiserOptimisationOptions):
+    """Optimiser, precision and accumulation (Table 5)."""
+
+    learning_rate: float = flag(6.4e-5, "learning rate, after the warm-up", minimum=0)
+    max_train_steps: int = with_default(DenoiserOptimisationOptions, "max_train_steps", 2_000_000)
+
+
+@dataclass(kw_only=True)
+class LatentDiffusionRunOptions(DenoiserRunOptions):
+    """Output, logs, checkpoints and the Hub."""
+
+    output_dir: str = with_default(DenoiserRunOptions, "output_dir", "ldm")
+    validation_labels: list[int | str] = flag(
+        [], "numbers or names of classes; pictures of them go to the log", parse=class_label, differs="always"
+    )
+
+
+@dataclass(kw_only=True)
+class LatentDiffusionOptions(DenoiserOptions):
+    """All of a training of latent diffusion."""
+
+    model: LatentDiffusionModelOptions
+    noise: ObjectiveOptions
+    data: LabelledDataOptions
+    optim: LatentDiffusionOptimisationOptions
+    run: LatentDiffusionRunOptions
+
+
+def train_latent_diffusion(options: LatentDiffusionOptions):
     """
     Train, validate, keep checkpoints and write the pipeline; or do a dry run. To be called by all processes.
 
     Args:
-        args (`argparse.Namespace`): What [`parse_args`] returns.
+        options ([`LatentDiffusionOptions`])
 
     Raises:
-        ValueError: if the flags contradict each other, the models or the data.
+        ValueError: if the options contradict the models or the data.
     """
-    accelerator = create_accelerator(args)
-    if accelerator.distributed_type == DistributedType.FSDP and args.validation_labels:
+    data, labels = options.data, options.run.validation_labels
+    accelerator = create_accelerator(options.optim, options.run)
+    if accelerator.distributed_type == DistributedType.FSDP and labels:
         raise ValueError("--validation_labels need a whole denoiser in each process: launch without FSDP.")
-    run = TrainingRun(args, accelerator, BestModel(args.output_dir, "loss", lower_is_better=True))
-    names = class_names(load_train_split(args, args.label_column), args.label_column, args.class_names_file)
-    pipeline = _build_pipeline(args, run, names)
+    run = TrainingRun(options, accelerator, BestModel(options.run.output_dir, "loss", lower_is_better=True))
+    names = class_names(load_train_split(data, data.label_column), data.label_column, data.class_names_file)
+    pipeline = _build_pipeline(options, run, names)
     logger.info("%d classes: %s", num_classes(pipeline.denoiser), ", ".join(names[:10]))
-    pipeline.get_label_ids(args.validation_labels)  # a wrong one shows before the training
-    train_denoiser(args, accelerator, run, _build_task(args, pipeline, names))
+    pipeline.get_label_ids(labels)  # a wrong one shows before the training
+    train_denoiser(options, accelerator, run, _build_task(options, pipeline, names))
 
 
-def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """The flags of `train_ldm.py`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--vae_name_or_path", required=True, help="PQModel or another image autoencoder of diffusers; folder or Hub"
-    )
-    model.add_argument("--vae_subfolder", help='of the autoencoder, "vae" of a pipeline')
-    model.add_argument(
-        "--model_config_name_or_path",
-        required=True,
-        help="JSON file of a UNet2DConditionModel or DiTTransformer2DModel; channels, size and classes are filled in",
-    )
-    noise = parser.add_argument_group("noise")
-    noise.add_argument("--objective", choices=("diffusion", "flow_matching"), default="diffusion")
-    noise.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
-    noise.add_argument(
-        "--weighting_scheme",
-        choices=("none", "logit_normal"),
-        default="none",
-        help="how the timesteps of flow matching are drawn",
-    )
-    data = add_data_arguments(parser)
-    data.add_argument("--label_column", default="label", help="ClassLabel, whole numbers or strings")
-    data.add_argument("--class_names_file", help="text file with a name in each line; for streams that hold none")
-    data.add_argument("--resolution", type=int, default=256)
-    data.add_argument(
-        "--proportion_empty_labels", type=float, default=0.1, help="labels left out, for classifier-free guidance"
-    )
-    optim = add_optimisation_arguments(parser)
-    optim.add_argument("--learning_rate", type=float, default=6.4e-5)
-    optim.add_argument("--max_train_steps", type=int, default=2_000_000)
-    run = add_run_arguments(parser, output_dir="ldm", steps=5000)
-    run.add_argument("--validation_labels", nargs="*", default=[], help="numbers or names; pictures go to the log")
-    add_denoising_arguments(data, optim, run)
-    args = parse_args_with_recipe(parser, argv)
-
-    if args.objective == "flow_matching":
-        for name, default in (("prediction_type", "epsilon"), ("rescale_betas_zero_snr", False), ("snr_gamma", None)):
-            if getattr(args, name) != default:
-                parser.error(f"--{name} is of diffusion: leave it out with --objective flow_matching")
-    elif args.weighting_scheme != "none":
-        parser.error("--weighting_scheme needs --objective flow_matching")
-    if args.rescale_betas_zero_snr and args.prediction_type == "epsilon":
-        parser.error("--rescale_betas_zero_snr needs --prediction_type v_prediction")
-    args.validation_labels = [int(label) if label.isdecimal() else label for label in args.validation_labels]
-    return args
-
-
-def _build_pipeline(args, run, names):
+def _build_pipeline(options, run, names):
     """The pipeline that is trained; a resumed run takes the autoencoder that holds the latents' statistics."""
+    model, noise, resolution = options.model, options.noise, options.data.resolution
     if run.checkpoint is not None:
-        vae = load_pretrained(str(saved_autoencoder(args, run)))
+        vae = load_pretrained(str(saved_autoencoder(run)))
     else:
-        vae = load_pretrained(args.vae_name_or_path, subfolder=args.vae_subfolder)
+        vae = load_pretrained(model.vae_name_or_path, subfolder=model.vae_subfolder)
     factor = downsampling_factor(vae)
-    check_resolution("--resolution", args.resolution, factor)
-    channels, side = vae.config.latent_channels, args.resolution // factor
-    config = json.loads(Path(args.model_config_name_or_path).read_text(encoding="utf-8"))
+    check_resolution("--resolution", resolution, factor)
+    channels, side = vae.config.latent_channels, resolution // factor
+    config = json.loads(Path(model.model_config_name_or_path).read_text(encoding="utf-8"))
     denoiser = create_class_conditional_denoiser(config, channels, side, len(names))
     dimension, width = token_dimension(denoiser)
     if width < dimension:
         # Zheng et al. (2025, "Diffusion Transformers with Representation Autoencoders"), section 4.1.
         logger.warning("The denoiser is %d wide, but sees %d values at a place: it cannot fit them.", width, dimension)
-    noise_shift = latent_shift(channels, side, side) if args.noise_shift == "auto" else args.noise_shift
+    shift = latent_shift(channels, side, side) if noise.noise_shift == "auto" else noise.noise_shift
     return LatentDiffusionPQPipeline(
         vae=vae.requires_grad_(False),
-        scheduler=create_scheduler(args.objective, args.prediction_type, noise_shift, args.rescale_betas_zero_snr),
-        **_component(prepare_model(args, denoiser)),
+        scheduler=create_scheduler(noise.objective, noise.prediction_type, shift, noise.rescale_betas_zero_snr),
+        **_component(prepare_model(options.optim, denoiser)),
         id2label=dict(enumerate(names)),
     )
 
@@ -139,19 +170,19 @@ def _component(denoiser):
     return {name: denoiser}
 
 
-def _build_task(args, pipeline, names):
-    paint = partial(paint_each, args, pipeline.denoiser, pipeline, args.validation_labels)
+def _build_task(options, pipeline, names):
+    data, optim, labels = options.data, options.optim, options.run.validation_labels
     return DenoiserTask(
         denoiser=ClassConditionalDenoiser(pipeline.denoiser),
         vae=pipeline.vae,
         scheduler=pipeline.scheduler,
-        stages=[Stage(args.resolution, args.max_train_steps, args.learning_rate, "all")],
-        condition_column=args.label_column,
-        condition=ClassLabels(args.label_column, names, args.proportion_empty_labels),
-        validation_condition=ClassLabels(args.label_column, names),
+        stages=[Stage(data.resolution, optim.max_train_steps, optim.learning_rate, "all")],
+        condition_column=data.label_column,
+        condition=ClassLabels(data.label_column, names, data.proportion_empty_labels),
+        validation_condition=ClassLabels(data.label_column, names),
         save=partial(_save_pipeline, pipeline),
-        paint=paint if args.validation_labels else None,
-        weighting_scheme=args.weighting_scheme,
+        paint=partial(paint_each, pipeline.denoiser, pipeline, labels, optim.seed) if labels else None,
+        weighting_scheme=options.noise.weighting_scheme,
         parts=_component(pipeline.denoiser) | {"vae": pipeline.vae},
     )
 

@@ -1,184 +1,181 @@
-"""Command-line flags that the training scripts share, and recipes: flags kept in a YAML file."""
+"""Options that the training programs share, in groups."""
 
 import argparse
-from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
 
-import yaml
-
-
-def positive(text: str) -> int:
-    """The type of flags that count something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, but is {value}")
-    return value
+from ..flags import Command, Options, flag, with_default
 
 
-def add_data_arguments(parser: argparse.ArgumentParser):
-    """Flags of [`load_images`] and [`build_train_loader`]."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_name", help="Hub dataset, or local folder of parquet files or webdataset tars")
-    data.add_argument("--dataset_config_name")
-    data.add_argument("--train_data_dir", help="folder in the imagefolder layout")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--cache_dir")
-    data.add_argument(
-        "--streaming",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="read the dataset while training instead of downloading it first",
-    )
-    data.add_argument("--shuffle_buffer", type=positive, default=1000, help="pictures of a stream shuffled together")
-    data.add_argument("--on_bad_image", choices=("skip", "raise"), default="skip")
-    data.add_argument(
-        "--min_image_side",
-        type=int,
-        help="pictures with a shorter side are bad; default: the resolution, so that none is enlarged",
-    )
-    data.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=False)
-    data.add_argument("--dataloader_num_workers", type=int, default=0)
-    return data
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
-def add_optimisation_arguments(parser: argparse.ArgumentParser):
-    """Flags of the optimiser, precision and accumulation, without those whose defaults differ between the scripts."""
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--gradient_accumulation_steps", type=positive, default=1)
-    optim.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
-    optim.add_argument("--lr_scheduler", default="constant")
-    optim.add_argument("--lr_warmup_steps", type=int, default=0)
-    optim.add_argument(
-        "--max_skipped_steps",
-        type=positive,
-        default=10,
-        help="steps without a finite gradient are left out; so many in a row end the run",
-    )
-    optim.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=False)
-    optim.add_argument("--ema_decay", type=float, default=0.9999)
-    optim.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"))
-    optim.add_argument("--allow_tf32", action=argparse.BooleanOptionalAction, default=False)
-    optim.add_argument(
-        "--channels_last",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="memory format that convolutions prefer",
-    )
-    optim.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model"
-    )
-    optim.add_argument("--seed", type=int, default=0)
-    return optim
-
-
-def add_denoising_arguments(data, optim, run):
-    """Flags of `train_denoiser`, for the groups that the other functions return."""
-    data.add_argument(
-        "--latents_dir", help="what `encode_dataset.py` wrote; pictures are then read for validation only"
-    )
-    data.add_argument("--center_crop", action=argparse.BooleanOptionalAction, default=False)
-    data.add_argument(
-        "--num_statistics_images",
-        type=int,
-        default=1000,
-        help="pictures that the latents' mean and std are taken of; 0 keeps those in the autoencoder's config",
-    )
-    optim.add_argument("--train_batch_size", type=int, default=8, help="pictures per process and step")
-    optim.add_argument("--adam_beta1", type=float, default=0.9)
-    optim.add_argument("--adam_beta2", type=float, default=0.999)
-    optim.add_argument("--adam_weight_decay", type=float, default=1e-2)
-    optim.add_argument("--max_grad_norm", type=float, default=1.0)
-    optim.add_argument("--snr_gamma", type=float, help="min-SNR weighting; 5.0 is usual")
-    optim.add_argument(
-        "--channel_weighting",
-        type=float,
-        default=0.0,
-        help="weigh each latent channel's loss by its standard deviation to this power; 0: all alike, as the paper",
-    )
-    optim.add_argument(
-        "--noise_shift",
-        type=noise_shift,
-        default=1.0,
-        help='more noise for larger latents: "auto", by their size and channels, or a number; 1 shifts nothing',
-    )
-    optim.add_argument(
-        "--rescale_betas_zero_snr",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="end in pure noise; needs v prediction",
-    )
-    run.add_argument("--num_validation_images", type=int, default=256, help="of the validation loss")
-
-
-def noise_shift(text: str) -> float | str:
-    """A number above 0, or `"auto"`."""
-    if text == "auto":
-        return text
-    value = float(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f'must be above 0 or "auto", but is {value}')
-    return value
-
-
-def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str, steps: int):
-    """Flags of output, logging, checkpoints and the Hub; `steps` is the default of all intervals but the logs'."""
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default=output_dir)
-    run.add_argument("--logging_dir", default="logs")
-    run.add_argument("--logging_steps", type=positive, default=10, help="steps between two lines of the log")
-    run.add_argument("--report_to", default="tensorboard")
-    run.add_argument("--checkpointing_steps", type=positive, default=steps)
-    run.add_argument("--checkpoints_total_limit", type=int)
-    run.add_argument("--resume_from_checkpoint", help='"latest", a checkpoint, or "none"')
-    run.add_argument("--validation_steps", type=positive, default=steps)
-    run.add_argument("--push_to_hub", action=argparse.BooleanOptionalAction, default=False)
-    run.add_argument("--hub_model_id")
-    run.add_argument("--hub_token")
-    run.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="print configuration, sizes, memory and an estimate of the time, from a few real steps; writes nothing",
-    )
-    return run
-
-
-def parse_args_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """
-    Parse a command line whose `--config recipe.yaml` may hold further flags; those of the command line win.
-
-    A recipe maps flags, without their dashes, to values. `true` and `false` set and clear a boolean flag, which must
-    be an `argparse.BooleanOptionalAction` so that the command line can turn it back.
-
-    Args:
-        parser (`argparse.ArgumentParser`): With `allow_abbrev=False`; gets the flag `--config`.
-        argv (`list[str]`, *optional*): Default: the process's own arguments.
-
-    Raises:
-        SystemExit: after a message, if the recipe cannot be read or holds an unknown flag or a bad value.
-    """
-    parser.add_argument("--config", help="YAML file of flags; flags on the command line win")
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    found, given = finder.parse_known_args(argv)
-    if found.config is None:
-        return parser.parse_args(given)
+def noise_shift(text: str | float) -> float | str:
+    """A number, or `"auto"`."""
     try:
-        flags = _read_recipe(Path(found.config))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(f"--config {found.config}: {error}")
-    return parser.parse_args([*flags, *given, "--config", found.config])
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be a number above 0 or "auto", but is {text!r}') from None
 
 
-def _read_recipe(path: Path) -> list[str]:
-    # Scalars stay strings, for the parser to convert: YAML itself would make `no` a boolean.
-    values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    if not isinstance(values, dict):
-        raise ValueError("a recipe must map flags to values")
-    return [_flag(name, value) for name, value in values.items()]
+@dataclass(kw_only=True)
+class DataOptions(Options):
+    """What pictures to train on and how they are read; see [`load_images`] and [`build_train_loader`]."""
+
+    title: ClassVar[str] = "data"
+
+    dataset_name: str | None = flag(None, "Hub dataset, or local folder of parquet files or webdataset tars")
+    dataset_config_name: str | None = flag(None, "configuration of the dataset, where it has several")
+    train_data_dir: str | None = flag(None, "folder in the imagefolder layout", differs="between machines")
+    image_column: str = flag("image", "column of the pictures", differs="between machines")
+    cache_dir: str | None = flag(None, "where datasets are kept; default: the Hub's cache", differs="always")
+    streaming: bool = flag(
+        False,
+        "read the dataset while training instead of downloading it first",
+        differs="between machines",
+        fixed=True,
+    )
+    shuffle_buffer: int = flag(
+        1000, "pictures of a stream shuffled together", minimum=1, differs="between machines", fixed=True
+    )
+    on_bad_image: str = flag(
+        "skip", "what to do with a picture that cannot be used", choices=("skip", "raise"), differs="always"
+    )
+    min_image_side: int | None = flag(
+        None, "pictures with a shorter side are bad; default: the resolution, so that none is enlarged", minimum=1
+    )
+    random_flip: bool = flag(False, "mirror half the pictures")
+    dataloader_num_workers: int = flag(
+        0, "worker processes that read pictures, per process", minimum=0, differs="between machines"
+    )
 
 
-def _flag(name: str, value) -> str:
-    if value in ("true", "false"):
-        return f"--{name}" if value == "true" else f"--no-{name}"
-    if not isinstance(value, str):
-        raise ValueError(f"`{name}` must be a number, a string, true or false, but is {value!r}")
-    return f"--{name}={value}"
+@dataclass(kw_only=True)
+class OptimisationOptions(Options):
+    """Optimiser, precision and accumulation."""
+
+    title: ClassVar[str] = "optimisation"
+
+    train_batch_size: int = flag(
+        8, "pictures per process and forward pass", minimum=1, differs="between machines", fixed=True
+    )
+    max_train_steps: int = flag(1_000_000, "optimisation steps of the whole run", minimum=1)
+    adam_beta1: float = flag(0.9, "decay of Adam's mean of the gradients", minimum=0, below=1)
+    adam_beta2: float = flag(0.999, "decay of Adam's mean of their squares", minimum=0, below=1)
+    max_grad_norm: float | None = flag(None, "clip gradients to this norm; by default they are not clipped", above=0)
+    gradient_accumulation_steps: int = flag(
+        1, "forward passes for each optimisation step", minimum=1, differs="between machines", fixed=True
+    )
+    gradient_checkpointing: bool = flag(
+        False, "save memory by computing activations twice", differs="between machines"
+    )
+    lr_scheduler: str = flag("constant", "how the learning rate goes on after the warm-up", choices=SCHEDULERS)
+    lr_warmup_steps: int = flag(0, "steps in which the learning rate rises from 0", minimum=0)
+    max_skipped_steps: int = flag(
+        10,
+        "steps without a finite gradient are left out; so many in a row end the run",
+        minimum=1,
+        differs="always",
+    )
+    use_ema: bool = flag(False, "also keep an average of the weights, and save that", fixed=True)
+    ema_decay: float = flag(0.9999, "decay of that average", minimum=0, maximum=1)
+    mixed_precision: str | None = flag(
+        None,
+        "precision of the forward pass; default: that of `accelerate config`",
+        choices=("no", "fp16", "bf16"),
+        differs="between machines",
+    )
+    allow_tf32: bool = flag(False, "let Ampere GPUs round float32 matrix products to TF32", differs="between machines")
+    channels_last: bool = flag(False, "use the memory format that convolutions prefer", differs="between machines")
+    compile: bool = flag(False, "torch.compile the model", differs="between machines")
+    seed: int = flag(0, "seed of weights, order, crops and noise", minimum=0, maximum=2**32 - 1, fixed=True)
+
+
+@dataclass(kw_only=True)
+class RunOptions(Options):
+    """Output, logs, checkpoints and the Hub."""
+
+    title: ClassVar[str] = "run"
+
+    output_dir: str = flag("output", "folder of the trained model, checkpoints and logs", differs="always")
+    logging_dir: str = flag("logs", "folder of the logs, within --output_dir", differs="always")
+    logging_steps: int = flag(10, "steps between two lines of the log", minimum=1, differs="always")
+    report_to: str = flag("tensorboard", 'where logs go: "tensorboard", "wandb", ... or "none"', differs="always")
+    checkpointing_steps: int = flag(5000, "steps between two checkpoints", minimum=1, differs="always")
+    checkpoints_total_limit: int | None = flag(
+        None, "keep only so many of the newest checkpoints; by default all", minimum=1, differs="always"
+    )
+    resume_from_checkpoint: str | None = flag(None, '"latest", a checkpoint, or "none"', differs="always")
+    validation_steps: int = flag(5000, "steps between two validations", minimum=1, differs="always")
+    num_validation_images: int = flag(64, "pictures of the validation split to use", minimum=1, differs="always")
+    push_to_hub: bool = flag(False, "upload the best and the last model", differs="always")
+    hub_model_id: str | None = flag(
+        None, "repository to upload to; default: the name of --output_dir", differs="always"
+    )
+    hub_token: str | None = flag(None, "token to upload with; default: that of `hf auth login`", differs="always")
+    dry_run: bool = flag(
+        False,
+        "print configuration, sizes, memory and an estimate of the time, from a few real steps; writes nothing",
+        differs="always",
+    )
+
+
+@dataclass(kw_only=True)
+class DenoiserDataOptions(DataOptions):
+    """What pictures a denoiser is trained on."""
+
+    latents_dir: str | None = flag(
+        None, "what `encode_dataset.py` wrote; pictures are then read for validation only", differs="between machines"
+    )
+    center_crop: bool = flag(False, "take the middle of each picture instead of a random part")
+    num_statistics_images: int = flag(
+        1000,
+        "pictures that the latents' mean and std are taken of; 0 keeps those in the autoencoder's config",
+        minimum=0,
+    )
+
+
+@dataclass(kw_only=True)
+class DenoiserOptimisationOptions(OptimisationOptions):
+    """Optimiser, precision and accumulation of a denoiser."""
+
+    adam_weight_decay: float = flag(1e-2, "weight decay of AdamW", minimum=0)
+    max_grad_norm: float | None = with_default(OptimisationOptions, "max_grad_norm", 1.0)
+
+
+@dataclass(kw_only=True)
+class DenoiserRunOptions(RunOptions):
+    """Output, logs, checkpoints and the Hub, of a denoiser."""
+
+    num_validation_images: int = with_default(RunOptions, "num_validation_images", 256)
+
+
+@dataclass(kw_only=True)
+class NoiseOptions(Options):
+    """How latents are mixed with noise, and how errors weigh."""
+
+    title: ClassVar[str] = "noise"
+
+    snr_gamma: float | None = flag(None, "min-SNR weighting; 5.0 is usual", above=0)
+    channel_weighting: float = flag(
+        0.0, "weigh each latent channel's loss by its standard deviation to this power; 0: all alike, as the paper"
+    )
+    noise_shift: float | str = flag(
+        1.0,
+        'more noise for larger latents: "auto", by their size and channels, or a number; 1 shifts nothing',
+        parse=noise_shift,
+    )
+    rescale_betas_zero_snr: bool = flag(False, "end in pure noise; needs v prediction")
+
+    def check(self):
+        if self.noise_shift != "auto" and not self.noise_shift > 0:
+            raise ValueError(f'--noise_shift: must be above 0 or "auto", but is {self.noise_shift}')
+
+
+@dataclass(kw_only=True)
+class TrainingOptions(Command):
+    """What every training has."""
+
+    data: DataOptions
+    optim: OptimisationOptions
+    run: RunOptions

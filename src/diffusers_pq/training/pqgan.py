@@ -1,6 +1,5 @@
 """How a PQGAN, or a VQ or KL autoencoder on its backbone, is trained: Eq. 1, its optimisation steps and the run."""
 
-import argparse
 import logging
 import math
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -20,18 +20,13 @@ from torch.utils.data import DataLoader
 from ..autoencoders import create_autoencoder, downsampling_factor, load_autoencoder
 from ..data.loaders import build_train_loader, first_batches
 from ..data.pictures import CentreCrops, RandomCrops, usable_rows
+from ..flags import Options, flag, with_default
 from ..images import to_uint8
 from ..metrics import LPIPS, PSNR, SSIM, CodebookUsage, WeightsUnavailableError, load_lpips, psnr
 from ..models.discriminator import PatchDiscriminator
 from .codebooks import DeadEntryReseeder, EMACodebooks
 from .initialisation import collect_latents, copy_matching_weights, kmeans_codebooks, pca_init
-from .options import (
-    add_data_arguments,
-    add_optimisation_arguments,
-    add_run_arguments,
-    parse_args_with_recipe,
-    positive,
-)
+from .options import DataOptions, OptimisationOptions, RunOptions, TrainingOptions
 from .run import (
     FiniteSteps,
     TrainingRun,
@@ -409,229 +404,270 @@ class ReconstructionValidation:
         return scores | (usage.compute() if quantize and usage else {}), previews
 
 
-def train_pqgan(args: argparse.Namespace, build: Callable[[], nn.Module] | None = None):
+@dataclass(kw_only=True)
+class AutoencoderOptions(Options):
+    """Which autoencoder to train, and how its weights start."""
+
+    title: ClassVar[str] = "model"
+
+    model_config_name_or_path: str | None = flag(
+        None, "config.json, folder or Hub repository to start afresh from", differs="between machines"
+    )
+    pretrained_model_name_or_path: str | None = flag(
+        None, "trained autoencoder to fine-tune", differs="between machines"
+    )
+    backbone_name_or_path: str | None = flag(
+        None, "trained autoencoder (PQModel or AutoencoderKL) whose fitting weights a fresh model starts from"
+    )
+    weight_init: str = flag(
+        "default",
+        "torch's, as in the paper, or the linear autoencoder that fits the first crops",
+        choices=("default", "pca"),
+    )
+
+    def check(self):
+        if (self.model_config_name_or_path is None) == (self.pretrained_model_name_or_path is None):
+            raise ValueError("give exactly one of --model_config_name_or_path and --pretrained_model_name_or_path")
+        if self.backbone_name_or_path and self.pretrained_model_name_or_path:
+            raise ValueError("--backbone_name_or_path needs --model_config_name_or_path")
+        if self.weight_init == "pca" and not self.model_config_name_or_path:
+            raise ValueError("--weight_init pca starts afresh: it needs --model_config_name_or_path")
+        if self.weight_init == "pca" and self.backbone_name_or_path:
+            raise ValueError("--weight_init pca and --backbone_name_or_path exclude each other")
+
+
+@dataclass(kw_only=True)
+class CodebookOptions(Options):
+    """Remedies against unused codebook entries."""
+
+    title: ClassVar[str] = "codebooks (the paper uses none of these)"
+
+    quantize_from_step: int = flag(0, "train without quantiser up to this step", minimum=0)
+    codebook_init: str = flag(
+        "normal",
+        "N(0, 1) as in the paper, or k-means centres of latents at --quantize_from_step",
+        choices=("normal", "kmeans"),
+    )
+    kmeans_vectors_per_entry: int = flag(32, "latent pixels of k-means, over codebook_size", minimum=1)
+    codebook_distance: str | None = flag(
+        None, "what the nearest entry is; default: the config's", choices=("euclidean", "cosine")
+    )
+    codebook_ema_decay: float | None = flag(
+        None, "move the codebooks by running means with this decay, not by gradients", above=0, below=1, fixed=True
+    )
+    reseed_dead_entries: int | None = flag(
+        None, "move unused entries to data after so many steps", minimum=1, fixed=True
+    )
+    gradient_estimator: str = flag(
+        "straight_through", "how gradients pass the quantiser", choices=("straight_through", "rotation")
+    )
+
+
+@dataclass(kw_only=True)
+class CropOptions(DataOptions):
+    """What pictures to train on, and what is cut from them."""
+
+    resolution: int = flag(256, "side of the crops, in pixels", minimum=1)
+    crops_per_image: int = flag(1, "crops cut from each decoded picture", minimum=1, fixed=True)
+
+
+@dataclass(kw_only=True)
+class AutoencoderOptimisationOptions(OptimisationOptions):
+    """Optimiser, precision and accumulation of an autoencoder (Table 4, appendix A.1)."""
+
+    train_batch_size: int = flag(
+        20, "crops per process and forward pass", minimum=1, differs="between machines", fixed=True
+    )
+    learning_rate: float = flag(4.5e-6, "learning rate, after the warm-up", minimum=0)
+    discriminator_learning_rate: float | None = flag(None, "defaults to --learning_rate", minimum=0)
+    adam_beta1: float = with_default(OptimisationOptions, "adam_beta1", 0.5)
+    adam_beta2: float = with_default(OptimisationOptions, "adam_beta2", 0.9)
+
+
+@dataclass(kw_only=True)
+class LossOptions(Options):
+    """Weights of the terms of Eq. 1."""
+
+    title: ClassVar[str] = "losses (0 switches a term off)"
+
+    perceptual_weight: float = flag(1.0, "LPIPS", minimum=0)
+    codebook_weight: float = flag(1.0, "codebook and commitment loss of a PQModel", minimum=0)
+    kl_weight: float = flag(1e-6, "KL divergence of an AutoencoderKL", minimum=0)
+    discriminator_weight: float = flag(0.8, "adversarial loss, on top of the adaptive weight", minimum=0)
+
+
+@dataclass(kw_only=True)
+class PQGANRunOptions(RunOptions):
+    """Output, logs, checkpoints and the Hub, of an autoencoder."""
+
+    output_dir: str = with_default(RunOptions, "output_dir", "pqgan")
+
+
+@dataclass(kw_only=True)
+class PQGANOptions(TrainingOptions):
+    """All of a training of an autoencoder."""
+
+    model: AutoencoderOptions
+    codebooks: CodebookOptions
+    data: CropOptions
+    optim: AutoencoderOptimisationOptions
+    loss: LossOptions
+    run: PQGANRunOptions
+
+    def check(self):
+        if self.codebooks.codebook_distance and self.model.pretrained_model_name_or_path:
+            raise ValueError("--codebook_distance needs --model_config_name_or_path")
+        if self.optim.train_batch_size % self.data.crops_per_image:
+            raise ValueError(
+                f"--train_batch_size {self.optim.train_batch_size} must be a multiple of "
+                f"--crops_per_image {self.data.crops_per_image}"
+            )
+
+    @property
+    def pictures_per_batch(self) -> int:
+        """Decoded pictures in each forward pass of a process."""
+        return self.optim.train_batch_size // self.data.crops_per_image
+
+
+def train_pqgan(options: PQGANOptions, build: Callable[[], nn.Module] | None = None):
     """
     Train, validate, keep checkpoints and write the trained model; or do a dry run. To be called by all processes.
 
     Args:
-        args (`argparse.Namespace`): What [`parse_args`] returns.
+        options ([`PQGANOptions`])
         build (*optional*): Makes the autoencoder, its weights and codebooks as they are to be at the start, instead
             of the flags for the model and for these.
 
     Raises:
-        ValueError: if the flags contradict each other, the model or the data.
+        ValueError: if the options contradict the model or the data.
     """
-    accelerator = create_accelerator(args)
-    _check_accelerator(args, accelerator)
-    run = TrainingRun(args, accelerator, BestModel(args.output_dir, "psnr"))
-    train_images = load_train_split(args)
-    autoencoder = build_autoencoder(args) if build is None else build()
-    _check_resolution(args, autoencoder)
-    if build is None and args.weight_init == "pca" and run.checkpoint is None:
-        fit_to_images(args, autoencoder, train_images)
-    model = ReconstructionModel(prepare_model(args, autoencoder, (autoencoder.encoder, autoencoder.decoder)))
-    perceptual_loss = load_perceptual_loss().to(accelerator.device) if args.perceptual_weight else None
-    trainer = _build_trainer(args, accelerator, model, perceptual_loss)
-    loader = _build_loader(args, accelerator, train_images, run.step)
-    if args.dry_run:
+    codebooks, data, optim, loss = options.codebooks, options.data, options.optim, options.loss
+    accelerator = create_accelerator(optim, options.run)
+    _check_accelerator(accelerator, optim, loss)
+    run = TrainingRun(options, accelerator, BestModel(options.run.output_dir, "psnr"))
+    train_images = load_train_split(data)
+    autoencoder = build_autoencoder(options.model, codebooks) if build is None else build()
+    _check_resolution(data.resolution, autoencoder)
+    if build is None and options.model.weight_init == "pca" and run.checkpoint is None:
+        fit_to_images(options, autoencoder, train_images)
+    model = ReconstructionModel(prepare_model(optim, autoencoder, (autoencoder.encoder, autoencoder.decoder)))
+    perceptual_loss = load_perceptual_loss().to(accelerator.device) if loss.perceptual_weight else None
+    trainer = _build_trainer(options, accelerator, model, perceptual_loss)
+    loader = _build_loader(options, accelerator, train_images, run.step)
+    if options.run.dry_run:
         parts = dict(trainer.autoencoder.named_children())
         parts |= {"discriminator": trainer.discriminator} if trainer.discriminator else {}
         optimizers = [optimizer for optimizer in (trainer.optimizer, trainer.d_optimizer) if optimizer]
         batches = iter(loader)
-        dry_run(args, accelerator, parts, optimizers, lambda: _take_step(trainer, batches, quantize=True))
+        dry_run(options, accelerator, parts, optimizers, lambda: _take_step(trainer, batches, quantize=True))
         return
-    validation = _build_validation(args, accelerator, perceptual_loss)
+    validation = _build_validation(options, accelerator, perceptual_loss)
     run.start(trainer.ema)
 
-    kmeans_pending = build is None and args.codebook_init == "kmeans" and run.step <= args.quantize_from_step
+    kmeans_pending = build is None and codebooks.codebook_init == "kmeans" and run.step <= codebooks.quantize_from_step
     kmeans_pending = kmeans_pending and hasattr(trainer.autoencoder, "quantizer")
     trainer.model.train()
     batches = iter(loader)
     while not run.is_finished:
-        quantize = run.step >= args.quantize_from_step
+        quantize = run.step >= codebooks.quantize_from_step
         if kmeans_pending and quantize:
-            _init_codebooks(args, trainer, train_images)
+            _init_codebooks(options, trainer, train_images)
             kmeans_pending = False
         logs = _take_step(trainer, batches, quantize)
         run.advance()
-        if run.is_due(args.logging_steps):
+        if run.is_due(options.run.logging_steps):
             logs |= trainer.codebook_use() | {"lr": trainer.lr_scheduler.get_last_lr()[0]}
             logs |= {
                 "skipped_steps": trainer.skipped_steps,
                 "skipped_images": loader.dataset.bad_images.total(accelerator),
             }
             run.log(logs, shown=("loss", "psnr", "H_n"))
-        if validation is not None and run.is_due(args.validation_steps):
+        if validation is not None and run.is_due(options.run.validation_steps):
             with ema_weights(trainer.ema, trainer.autoencoder.parameters()):
                 scores, pictures = validation.evaluate(trainer.model, quantize)
                 run.log_scores(scores)
                 run.log_images(pictures, images_per_row=len(pictures) // 2)
                 run.keep_if_best(partial(_save_autoencoder, trainer), scores)
         # After a validation, whose random numbers its state then has behind it.
-        if run.is_due(args.checkpointing_steps) and trainer.is_healthy:
+        if run.is_due(options.run.checkpointing_steps) and trainer.is_healthy:
             run.save_checkpoint()
     with ema_weights(trainer.ema, trainer.autoencoder.parameters()):
         run.finish(partial(_save_model, trainer))
 
 
-def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """The flags of `train_pqgan.py`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model_config_name_or_path", help="config.json, folder or Hub repository to start afresh from"
-    )
-    model.add_argument("--pretrained_model_name_or_path", help="trained autoencoder to fine-tune")
-    model.add_argument(
-        "--backbone_name_or_path",
-        help="trained autoencoder (PQModel or AutoencoderKL) whose fitting weights a fresh model starts from",
-    )
-    model.add_argument(
-        "--weight_init",
-        choices=("default", "pca"),
-        default="default",
-        help="torch's, as in the paper, or the linear autoencoder that fits the first crops",
-    )
-    codebooks = parser.add_argument_group("codebooks (the paper uses none of these)")
-    codebooks.add_argument("--quantize_from_step", type=int, default=0, help="train without quantiser up to this step")
-    codebooks.add_argument(
-        "--codebook_init",
-        choices=("normal", "kmeans"),
-        default="normal",
-        help="N(0, 1) as in the paper, or k-means centres of latents at --quantize_from_step",
-    )
-    codebooks.add_argument(
-        "--kmeans_vectors_per_entry", type=int, default=32, help="latent pixels of k-means, over codebook_size"
-    )
-    codebooks.add_argument("--codebook_distance", choices=("euclidean", "cosine"), help="default: the config's")
-    codebooks.add_argument(
-        "--codebook_ema_decay",
-        type=float,
-        help="move the codebooks by running means with this decay, not by gradients",
-    )
-    codebooks.add_argument(
-        "--reseed_dead_entries", type=positive, help="move unused entries to data after so many steps"
-    )
-    codebooks.add_argument(
-        "--gradient_estimator",
-        choices=("straight_through", "rotation"),
-        default="straight_through",
-        help="how gradients pass the quantiser",
-    )
-    data = add_data_arguments(parser)
-    data.add_argument("--resolution", type=int, default=256)
-    data.add_argument("--crops_per_image", type=positive, default=1, help="crops cut from each decoded picture")
-    optim = add_optimisation_arguments(parser)
-    optim.add_argument("--train_batch_size", type=int, default=20, help="crops per process and step")
-    optim.add_argument("--max_train_steps", type=int, default=1_000_000)
-    optim.add_argument("--learning_rate", type=float, default=4.5e-6)
-    optim.add_argument("--discriminator_learning_rate", type=float, help="defaults to --learning_rate")
-    optim.add_argument("--adam_beta1", type=float, default=0.5)
-    optim.add_argument("--adam_beta2", type=float, default=0.9)
-    optim.add_argument("--max_grad_norm", type=float, help="clip gradients to this norm; off by default")
-    loss = parser.add_argument_group("losses (0 switches a term off)")
-    loss.add_argument("--perceptual_weight", type=float, default=1.0)
-    loss.add_argument("--codebook_weight", type=float, default=1.0)
-    loss.add_argument("--kl_weight", type=float, default=1e-6, help="for an AutoencoderKL")
-    loss.add_argument("--discriminator_weight", type=float, default=0.8)
-    run = add_run_arguments(parser, output_dir="pqgan", steps=5000)
-    run.add_argument("--num_validation_images", type=int, default=64)
-    args = parse_args_with_recipe(parser, argv)
-
-    if (args.model_config_name_or_path is None) == (args.pretrained_model_name_or_path is None):
-        parser.error("give exactly one of --model_config_name_or_path and --pretrained_model_name_or_path")
-    if args.backbone_name_or_path and args.pretrained_model_name_or_path:
-        parser.error("--backbone_name_or_path needs --model_config_name_or_path")
-    if args.codebook_distance and args.pretrained_model_name_or_path:
-        parser.error("--codebook_distance needs --model_config_name_or_path")
-    if args.weight_init == "pca" and not args.model_config_name_or_path:
-        parser.error("--weight_init pca starts afresh: it needs --model_config_name_or_path")
-    if args.weight_init == "pca" and args.backbone_name_or_path:
-        parser.error("--weight_init pca and --backbone_name_or_path exclude each other")
-    if args.codebook_ema_decay is not None and not 0 < args.codebook_ema_decay < 1:
-        parser.error(f"--codebook_ema_decay {args.codebook_ema_decay} must lie between 0 and 1, such as 0.99")
-    if args.train_batch_size % args.crops_per_image:
-        parser.error(
-            f"--train_batch_size {args.train_batch_size} must be a multiple of "
-            f"--crops_per_image {args.crops_per_image}"
-        )
-    return args
-
-
-def build_autoencoder(args: argparse.Namespace) -> nn.Module:
-    """The model that the flags ask for."""
-    if args.pretrained_model_name_or_path:
-        autoencoder = load_autoencoder(args.pretrained_model_name_or_path).train()
+def build_autoencoder(model: AutoencoderOptions, codebooks: CodebookOptions) -> nn.Module:
+    """The autoencoder that the options ask for."""
+    if model.pretrained_model_name_or_path:
+        autoencoder = load_autoencoder(model.pretrained_model_name_or_path).train()
     else:
-        overrides = {"codebook_distance": args.codebook_distance} if args.codebook_distance else {}
-        autoencoder = create_autoencoder(args.model_config_name_or_path, **overrides)
-        if args.backbone_name_or_path:
-            fresh = copy_matching_weights(autoencoder, load_autoencoder(args.backbone_name_or_path))
-            logger.info("Not taken from %s: %s", args.backbone_name_or_path, ", ".join(fresh) or "nothing")
+        overrides = {"codebook_distance": codebooks.codebook_distance} if codebooks.codebook_distance else {}
+        autoencoder = create_autoencoder(model.model_config_name_or_path, **overrides)
+        if model.backbone_name_or_path:
+            fresh = copy_matching_weights(autoencoder, load_autoencoder(model.backbone_name_or_path))
+            logger.info("Not taken from %s: %s", model.backbone_name_or_path, ", ".join(fresh) or "nothing")
     if hasattr(autoencoder, "quantizer"):
-        autoencoder.quantizer.gradient_estimator = args.gradient_estimator
+        autoencoder.quantizer.gradient_estimator = codebooks.gradient_estimator
         # Before DDP wraps the model, which waits for the gradients of all parameters that had one then.
-        autoencoder.quantizer.codebooks.requires_grad_(not args.codebook_ema_decay)
+        autoencoder.quantizer.codebooks.requires_grad_(not codebooks.codebook_ema_decay)
     return autoencoder
 
 
-def fit_to_images(args: argparse.Namespace, autoencoder: nn.Module, train_images):
+def fit_to_images(options: PQGANOptions, autoencoder: nn.Module, train_images):
     """Start from the linear autoencoder of the run's first crops."""
-    batches = islice(first_crops(args, train_images), math.ceil(PCA_CROPS / args.train_batch_size))
+    batches = islice(first_crops(options, train_images), math.ceil(PCA_CROPS / options.optim.train_batch_size))
     quantizer = getattr(autoencoder, "quantizer", None)
     pca_init(autoencoder, torch.cat(list(batches)), num_subspaces=1 if quantizer is None else quantizer.num_subspaces)
 
 
-def first_crops(args: argparse.Namespace, train_images) -> DataLoader:
+def first_crops(options: PQGANOptions, train_images) -> DataLoader:
     """Batches of the run's first crops, the same in every process."""
-    pictures = args.train_batch_size // args.crops_per_image
-    return first_batches(train_images, _random_crops(args), pictures, torch.cat, args.seed, args.shuffle_buffer)
+    order = options.optim.seed, options.data.shuffle_buffer
+    crops = _random_crops(options.data)
+    return first_batches(train_images, crops, options.pictures_per_batch, torch.cat, *order)
 
 
-def build_discriminator(args: argparse.Namespace) -> PatchDiscriminator | None:
+def build_discriminator(model: AutoencoderOptions, loss: LossOptions) -> PatchDiscriminator | None:
     """A fresh one, or the one that the pretrained autoencoder was trained against."""
-    if not args.discriminator_weight:
+    if not loss.discriminator_weight:
         return None
-    pretrained = args.pretrained_model_name_or_path
+    pretrained = model.pretrained_model_name_or_path
     if pretrained and Path(pretrained, "discriminator").is_dir():
         return PatchDiscriminator.from_pretrained(Path(pretrained, "discriminator"), use_safetensors=True).train()
     return PatchDiscriminator()
 
 
-def _check_resolution(args, autoencoder):
+def _check_resolution(resolution, autoencoder):
     factor = downsampling_factor(autoencoder)
-    if args.resolution % factor:
-        raise ValueError(f"--resolution {args.resolution} must be a multiple of the downsampling factor F = {factor}.")
+    if resolution % factor:
+        raise ValueError(f"--resolution {resolution} must be a multiple of the downsampling factor F = {factor}.")
 
 
-def _random_crops(args):
-    return RandomCrops(args.image_column, args.resolution, args.crops_per_image, args.random_flip, args.min_image_side)
+def _random_crops(data):
+    return RandomCrops(data.image_column, data.resolution, data.crops_per_image, data.random_flip, data.min_image_side)
 
 
-def _init_codebooks(args, trainer, train_images):
+def _init_codebooks(options, trainer, train_images):
     """k-means on the run's first crops, in every process; all then take the codebooks of the first one."""
     autoencoder = trainer.autoencoder
-    wanted = args.kmeans_vectors_per_entry * autoencoder.config.codebook_size
-    kmeans_codebooks(autoencoder.quantizer, collect_latents(autoencoder, first_crops(args, train_images), wanted))
+    wanted = options.codebooks.kmeans_vectors_per_entry * autoencoder.config.codebook_size
+    kmeans_codebooks(autoencoder.quantizer, collect_latents(autoencoder, first_crops(options, train_images), wanted))
     broadcast(autoencoder.quantizer.codebooks.data)
     trainer.restart_codebook_averages()
 
 
-def _build_loader(args, accelerator, train_images, step):
-    pictures = args.train_batch_size // args.crops_per_image
+def _build_loader(options, accelerator, train_images, step):
+    data, pictures = options.data, options.pictures_per_batch
     return build_train_loader(
         train_images,
-        _random_crops(args),
+        _random_crops(data),
         accelerator,
         pictures,
         collate_fn=torch.cat,
-        seed=args.seed,
-        start=step * pictures * args.gradient_accumulation_steps * accelerator.num_processes,
-        shuffle_buffer=args.shuffle_buffer,
-        num_workers=args.dataloader_num_workers,
-        on_bad_image=args.on_bad_image,
+        seed=options.optim.seed,
+        start=step * pictures * options.optim.gradient_accumulation_steps * accelerator.num_processes,
+        shuffle_buffer=data.shuffle_buffer,
+        num_workers=data.dataloader_num_workers,
+        on_bad_image=data.on_bad_image,
     )
 
 
@@ -643,18 +679,19 @@ def _available_lpips():
         return None
 
 
-def _build_validation(args, accelerator, perceptual_loss):
-    images = load_split(args, "validation")
+def _build_validation(options, accelerator, perceptual_loss):
+    data = options.data
+    images = load_split(data, "validation")
     if images is None:
         logger.warning("The dataset has no `validation` split: no validation.")
         return None
-    rows = usable_rows(images, args.image_column, args.num_validation_images)
+    rows = usable_rows(images, data.image_column, options.run.num_validation_images)
     if not rows:
         logger.warning("No picture of the `validation` split can be used: no validation.")
         return None
     lpips = perceptual_loss or _available_lpips()
     return ReconstructionValidation(
-        accelerator, rows, args.image_column, args.resolution, args.train_batch_size, lpips
+        accelerator, rows, data.image_column, data.resolution, options.optim.train_batch_size, lpips
     )
 
 
@@ -669,42 +706,45 @@ def _save_model(trainer, folder):
         trainer.accelerator.unwrap_model(trainer.discriminator).save_pretrained(folder / "discriminator")
 
 
-def _check_accelerator(args, accelerator):
+def _check_accelerator(accelerator, optim, loss):
     """Refuse what two models and the adaptive weight, a gradient of the decoder's last layer, do not allow."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
             f"train_pqgan.py cannot run with {accelerator.distributed_type.value}, which would shard its models: "
             "launch it with `--config_file training_scripts/accelerate_configs/ddp.yaml`."
         )
-    if accelerator.mixed_precision == "fp16" and args.gradient_accumulation_steps > 1 and args.discriminator_weight:
+    if accelerator.mixed_precision == "fp16" and optim.gradient_accumulation_steps > 1 and loss.discriminator_weight:
         raise ValueError(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps} cannot be combined with fp16 and a "
+            f"--gradient_accumulation_steps {optim.gradient_accumulation_steps} cannot be combined with fp16 and a "
             "discriminator, since one loss scale serves both optimisers: use `--mixed_precision bf16`, or 1 step."
         )
 
 
-def _build_trainer(args, accelerator, model, perceptual_loss):
-    def optimiser(module, rate):
-        adam = torch.optim.Adam(module.parameters(), rate, betas=(args.adam_beta1, args.adam_beta2), fused=True)
-        return adam, build_lr_scheduler(args, adam, accelerator.num_processes)
+def _build_trainer(options, accelerator, model, perceptual_loss):
+    codebooks, optim, loss = options.codebooks, options.optim, options.loss
 
-    model, optimizer, lr_scheduler = accelerator.prepare(model, *optimiser(model, args.learning_rate))
-    discriminator = build_discriminator(args)
+    def optimiser(module, rate):
+        adam = torch.optim.Adam(module.parameters(), rate, betas=(optim.adam_beta1, optim.adam_beta2), fused=True)
+        return adam, build_lr_scheduler(optim, adam, accelerator.num_processes)
+
+    model, optimizer, lr_scheduler = accelerator.prepare(model, *optimiser(model, optim.learning_rate))
+    discriminator = build_discriminator(options.model, loss)
     adversary = [discriminator, None, None]
     if discriminator is not None:
-        rate = args.learning_rate if args.discriminator_learning_rate is None else args.discriminator_learning_rate
+        own_rate = optim.discriminator_learning_rate
+        rate = optim.learning_rate if own_rate is None else own_rate
         adversary = accelerator.prepare(discriminator, *optimiser(discriminator, rate))
     autoencoder = accelerator.unwrap_model(model).autoencoder
     quantizer = getattr(autoencoder, "quantizer", None)
-    regularisation_weight = args.kl_weight if quantizer is None else args.codebook_weight
-    weights = LossWeights(args.perceptual_weight, regularisation_weight, args.discriminator_weight)
+    regularisation_weight = loss.kl_weight if quantizer is None else loss.codebook_weight
+    weights = LossWeights(loss.perceptual_weight, regularisation_weight, loss.discriminator_weight)
     helpers = {}
-    if args.use_ema:
-        helpers["ema"] = build_ema(args, accelerator, autoencoder.parameters())
-    if quantizer is not None and args.codebook_ema_decay:
-        helpers["ema_codebooks"] = EMACodebooks(quantizer, accelerator, args.codebook_ema_decay)
-    if quantizer is not None and args.reseed_dead_entries:
-        helpers["reseeder"] = DeadEntryReseeder(quantizer, accelerator, args.reseed_dead_entries)
+    if optim.use_ema:
+        helpers["ema"] = build_ema(optim, accelerator, autoencoder.parameters())
+    if quantizer is not None and codebooks.codebook_ema_decay:
+        helpers["ema_codebooks"] = EMACodebooks(quantizer, accelerator, codebooks.codebook_ema_decay)
+    if quantizer is not None and codebooks.reseed_dead_entries:
+        helpers["reseeder"] = DeadEntryReseeder(quantizer, accelerator, codebooks.reseed_dead_entries)
     accelerator.register_for_checkpointing(*helpers.values())
     return AutoencoderTrainer(
         accelerator,
@@ -713,8 +753,8 @@ def _build_trainer(args, accelerator, model, perceptual_loss):
         lr_scheduler,
         AutoencoderLoss(weights, perceptual_loss, adversary[0], accelerator),
         *adversary,
-        max_grad_norm=args.max_grad_norm,
-        max_skipped_steps=args.max_skipped_steps,
+        max_grad_norm=optim.max_grad_norm,
+        max_skipped_steps=optim.max_skipped_steps,
         **helpers,
     )
 

@@ -1,7 +1,5 @@
 """What all training scripts do around their steps: devices, resuming, logs, checkpoints, the Hub, and dry runs."""
 
-import argparse
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -27,9 +25,11 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from ..data.pictures import load_images
-from ..hub.cards import build_card, hub_id, save_card
+from ..files import write_json
+from ..hub.run_card import write_run_card
 from ..measuring import describe_machine, measure_peak_bytes, measure_seconds
 from .checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
+from .options import DataOptions, OptimisationOptions, RunOptions, TrainingOptions
 from .uploads import BestModel, HubUploads
 
 
@@ -38,37 +38,39 @@ logger = logging.getLogger(__name__)
 _DRY_RUN_STEPS = 3  # whose median time is taken
 
 
-def create_accelerator(args: argparse.Namespace, kwargs_handlers: list | None = None) -> Accelerator:
-    """The accelerator of a run with the flags of `options.py`; also seeds all random generators and sets up logs."""
+def create_accelerator(
+    optim: OptimisationOptions, run: RunOptions, kwargs_handlers: list | None = None
+) -> Accelerator:
+    """The accelerator of a run; also seeds all random generators and sets up logs."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # every request of the Hub's client
     accelerator = Accelerator(
         # Epochs follow each other without a gap, and so does accumulation.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            args.gradient_accumulation_steps, sync_with_dataloader=False
+            optim.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        mixed_precision=args.mixed_precision,
+        mixed_precision=optim.mixed_precision,
         kwargs_handlers=kwargs_handlers,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+        log_with=None if run.report_to == "none" else run.report_to,
+        project_config=ProjectConfiguration(run.output_dir, str(Path(run.output_dir, run.logging_dir))),
     )
-    if args.allow_tf32:
+    if optim.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if accelerator.state.deepspeed_plugin is not None:  # which cannot see the batch size of a loader of our own
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["train_micro_batch_size_per_gpu"] = optim.train_batch_size
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
-    set_seed(args.seed)
+    set_seed(optim.seed)
     return accelerator
 
 
-def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, num_processes: int):
+def build_lr_scheduler(optim: OptimisationOptions, optimizer: torch.optim.Optimizer, num_processes: int):
     """`--lr_scheduler` over the whole run, after `--lr_warmup_steps`, for [`Accelerator.prepare`]."""
     # diffusers' "constant" passes over the warm-up without a word; its sibling without one is the same.
-    name = "constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler
+    name = "constant_with_warmup" if optim.lr_scheduler == "constant" else optim.lr_scheduler
     # The schedulers of accelerate take one step per process at each optimisation step.
-    warm_up, steps = args.lr_warmup_steps * num_processes, args.max_train_steps * num_processes
+    warm_up, steps = optim.lr_warmup_steps * num_processes, optim.max_train_steps * num_processes
     return get_scheduler(name, optimizer, num_warmup_steps=warm_up, num_training_steps=steps)
 
 
@@ -77,7 +79,7 @@ class TrainingRun:
     The state of a run beside its models: the step it is at, and what it writes where.
 
     Args:
-        args (`argparse.Namespace`): With the flags of `add_run_arguments`.
+        options ([`TrainingOptions`])
         accelerator (`Accelerator`)
         best (`BestModel`, *optional*): Keeps the best model of the validations.
 
@@ -86,11 +88,13 @@ class TrainingRun:
         checkpoint (`Path`, *optional*): The one to resume from.
     """
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, best: BestModel | None = None):
-        self.args = args
+    def __init__(self, options: TrainingOptions, accelerator: Accelerator, best: BestModel | None = None):
+        self.options = options
         self.accelerator = accelerator
         self.best = best
-        self.checkpoint = _decide(accelerator, lambda: find_checkpoint(args.output_dir, args.resume_from_checkpoint))
+        self.checkpoint = _decide(
+            accelerator, lambda: find_checkpoint(options.run.output_dir, options.run.resume_from_checkpoint)
+        )
         self.step = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
         self.uploads = None
         self._scores = None
@@ -98,28 +102,30 @@ class TrainingRun:
     def start(self, ema: EMAModel | None = None):
         """Load the checkpoint, once everything is prepared, and open the logs."""
         # Noise and timesteps differ between the processes; a checkpoint holds the state of each.
-        set_seed(self.args.seed, device_specific=True)
+        set_seed(self.options.optim.seed, device_specific=True)
         if self.checkpoint is not None:
             self.accelerator.load_state(str(self.checkpoint))
             logger.info("Resumed from %s", self.checkpoint)
         if ema is not None:
             ema.to(self.accelerator.device)  # a resumed average comes on the CPU
         self._progress = tqdm(
-            total=self.args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process
+            total=self.options.optim.max_train_steps,
+            initial=self.step,
+            disable=not self.accelerator.is_local_main_process,
         )
         if not self.accelerator.is_main_process:
             return
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(_settings(self.args), indent=2) + "\n"
-        Path(self.args.output_dir, "training_config.json").write_text(settings)
+        folder = Path(self.options.run.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "training_config.json", self.options.settings())
         self.accelerator.init_trackers("diffusers_pq")
-        if self.args.push_to_hub:
-            repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
-            self.uploads = HubUploads(repo_id, self.args.output_dir, self.args.hub_token)
+        if self.options.run.push_to_hub:
+            repo_id = self.options.run.hub_model_id or folder.name
+            self.uploads = HubUploads(repo_id, str(folder), self.options.run.hub_token)
 
     @property
     def is_finished(self) -> bool:
-        return self.step >= self.args.max_train_steps
+        return self.step >= self.options.optim.max_train_steps
 
     def advance(self):
         """Count an optimisation step."""
@@ -138,7 +144,8 @@ class TrainingRun:
 
     def save_checkpoint(self):
         """To be called by all processes."""
-        save_checkpoint(self.accelerator, self.args.output_dir, self.step, self.args.checkpoints_total_limit)
+        run = self.options.run
+        save_checkpoint(self.accelerator, run.output_dir, self.step, run.checkpoints_total_limit)
 
     def log_scores(self, scores: dict[str, float]):
         """Log what a validation found, for the card too."""
@@ -161,7 +168,7 @@ class TrainingRun:
         """Let a model whose score is the best yet be saved, and start its upload; to be called by all processes."""
         is_main = self.accelerator.is_main_process
         if self.best.offer(save, scores, self.step, is_main) and self.uploads is not None:
-            write_card(self.best.folder, self.args, self.step, self._scores)
+            write_run_card(self.best.folder, self.options.settings(), self.step, self._scores)
             self.uploads.start(self.best.folder, f"step {self.step}, the best yet")
 
     def finish(self, save: Callable[[Path], object]):
@@ -172,10 +179,10 @@ class TrainingRun:
             save: Writes the model into the folder it is given; called by all processes.
         """
         self.accelerator.wait_for_everyone()
-        folder = Path(self.args.output_dir)
+        folder = Path(self.options.run.output_dir)
         save(folder)
         if self.accelerator.is_main_process:
-            write_card(folder, self.args, self.step, self._scores)
+            write_run_card(folder, self.options.settings(), self.step, self._scores)
             if self.uploads is not None and not self.uploads.upload(folder, f"step {self.step}"):
                 logger.warning("Repeat it with `diffusers-pq push %s %s`.", folder, self.uploads.repo_id)
         self.accelerator.end_training()
@@ -279,9 +286,9 @@ def ema_weights(ema: EMAModel | None, parameters: Iterable[nn.Parameter]) -> Ite
         ema.restore(parameters)
 
 
-def build_ema(args: argparse.Namespace, accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> EMAModel:
+def build_ema(optim: OptimisationOptions, accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> EMAModel:
     """The averages of `--ema_decay`, on the accelerator's device; to be registered for its checkpoints."""
-    ema = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True)
+    ema = EMAModel(parameters, decay=optim.ema_decay, use_ema_warmup=True)
     ema.to(accelerator.device)
     return ema
 
@@ -294,32 +301,30 @@ def complete_step(learn: Callable[[], dict | None]) -> dict[str, torch.Tensor]:
             return logs
 
 
-def load_split(
-    args: argparse.Namespace, split: str, *columns: str
-) -> datasets.Dataset | datasets.IterableDataset | None:
+def load_split(data: DataOptions, split: str, *columns: str) -> datasets.Dataset | datasets.IterableDataset | None:
     """A split with the pictures and further columns; see [`load_images`]."""
-    source = args.dataset_name, args.train_data_dir, args.image_column, split
-    return load_images(*source, args.dataset_config_name, args.cache_dir, args.streaming, other_columns=columns)
+    source = data.dataset_name, data.train_data_dir, data.image_column, split
+    return load_images(*source, data.dataset_config_name, data.cache_dir, data.streaming, other_columns=columns)
 
 
-def load_train_split(args: argparse.Namespace, *columns: str) -> datasets.Dataset | datasets.IterableDataset:
+def load_train_split(data: DataOptions, *columns: str) -> datasets.Dataset | datasets.IterableDataset:
     """[`load_split`] of what is trained on; a `ValueError` if there is none."""
-    images = load_split(args, "train", *columns)
+    images = load_split(data, "train", *columns)
     if images is None:
         raise ValueError("The dataset has no `train` split.")
     return images
 
 
-def prepare_model(args: argparse.Namespace, model: nn.Module, compiled: tuple[nn.Module, ...] = ()) -> nn.Module:
+def prepare_model(optim: OptimisationOptions, model: nn.Module, compiled: tuple[nn.Module, ...] = ()) -> nn.Module:
     """
     A diffusers model in training mode, with what the flags on memory and speed ask for; `--compile` is for the parts
     in `compiled`, or for the whole model.
     """
-    if args.gradient_checkpointing:
+    if optim.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if args.channels_last:
+    if optim.channels_last:
         model.to(memory_format=torch.channels_last)
-    if args.compile:
+    if optim.compile:
         for module in compiled or (model,):
             module.compile()
     return model.train()
@@ -335,51 +340,8 @@ def share_out(rows: list[dict], accelerator: Accelerator) -> tuple[list[dict], i
     return mine + rows[:1] * missing, len(mine)
 
 
-# In the template, beside what removing it means.
-_GENERATED = "<!-- Written by the training script"
-
-
-def write_card(folder: Path, args: argparse.Namespace, step: int, scores: dict[str, float] | None):
-    """
-    A model card with the settings and results of the run, unless there is one that somebody has edited.
-
-    Args:
-        folder (`Path`): With the trained model.
-        args (`argparse.Namespace`): Of the run.
-        step (`int`): After which the model was saved.
-        scores (`dict`, *optional*): Of the last validation, with its `step`.
-    """
-    path = folder / "README.md"
-    if path.is_file() and _GENERATED not in path.read_text(encoding="utf-8"):
-        return
-    dataset = args.dataset_name or args.train_data_dir
-    names = ("pretrained_model_name_or_path", "backbone_name_or_path", "vae_name_or_path")
-    metadata = {
-        "base_model": [base for name in names if (base := hub_id(getattr(args, name, None)))] or None,
-        "datasets": [args.dataset_name] if hub_id(args.dataset_name) else None,
-        "tags": ["diffusers", "diffusers_pq", "diffusers-training"],
-    }
-    facts = {"dataset_type": hub_id(dataset) or "imagefolder", "dataset_name": Path(dataset).name}
-    validation = {"dataset": facts, "scores": {"this model": scores}}
-    validation["note"] = f"On {args.num_validation_images} pictures of the validation split, or as many as it has."
-    settings = {name: value for name, value in _settings(args).items() if value is not None}
-    card = build_card(
-        folder,
-        Path(args.hub_model_id or args.output_dir).name,
-        args.hub_model_id if args.push_to_hub and args.hub_model_id else str(folder),
-        metadata,
-        validation if scores is not None else None,
-        is_generated=True,
-        summary=f"Trained with `diffusers_pq` on {dataset}.",
-        training=f"{step} of {args.max_train_steps} steps, with these settings:",
-        recipes={"Settings": yaml.safe_dump(settings, sort_keys=False).strip()},
-        base=getattr(args, "pretrained_model_name_or_path", None),
-    )
-    save_card(card, folder)
-
-
 def dry_run(
-    args: argparse.Namespace,
+    options: TrainingOptions,
     accelerator: Accelerator,
     models: dict[str, nn.Module],
     optimizers: list[torch.optim.Optimizer],
@@ -389,7 +351,7 @@ def dry_run(
     Print what a run would do and need; its steps are real, but nothing is written.
 
     Args:
-        args (`argparse.Namespace`): Printed as a recipe.
+        options ([`TrainingOptions`]): Printed as a recipe.
         accelerator (`Accelerator`)
         models (`dict[str, nn.Module]`): Whose parameters are counted, by name.
         optimizers (`list`): Whose state is part of the memory that is always held.
@@ -402,20 +364,15 @@ def dry_run(
     if not accelerator.is_main_process:
         return
     held = _held_bytes(models.values(), optimizers)
-    hours = seconds * args.max_train_steps / 3600
-    given = {name: value for name, value in _settings(args).items() if value is not None}
+    steps = options.optim.max_train_steps
+    hours = seconds * steps / 3600
+    given = {name: value for name, value in options.settings().items() if value is not None}
     print(yaml.safe_dump(given, sort_keys=False))
     for name, model in models.items():
         print(f"{name}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
     print(f"memory: {held / 2**30:.2f} GiB weights and optimiser states + {peak / 2**30:.2f} GiB within a step")
-    print(f"time: {seconds:.3g} s a step, {hours:.3g} hours for {args.max_train_steps} steps")
+    print(f"time: {seconds:.3g} s a step, {hours:.3g} hours for {steps} steps")
     print(f"measured on {accelerator.num_processes} x {describe_machine(device)}")
-
-
-def _settings(args: argparse.Namespace) -> dict:
-    """All flags but the token, as JSON values."""
-    settings = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    return json.loads(json.dumps(settings, default=str))
 
 
 def _held_bytes(models, optimizers) -> int:

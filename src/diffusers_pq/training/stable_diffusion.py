@@ -1,9 +1,10 @@
 """Stable Diffusion on the latents of any autoencoder: its adaptation (section 4.5), and untrained pipelines."""
 
-import argparse
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch.nn as nn
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
@@ -13,27 +14,24 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..autoencoders import downsampling_factor, load_autoencoder
 from ..data.pictures import Prompts
+from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
 from ..models.widening import widen_unet
 from ..pipelines.pipeline_stable_diffusion_pq import StableDiffusionPQPipeline
 from .denoiser import (
     ConditionalDenoiser,
+    DenoiserOptions,
     DenoiserTask,
     Stage,
     check_resolution,
     paint_each,
+    parse_stages,
     save_lora,
     saved_autoencoder,
     train_denoiser,
 )
 from .noise import adapt_schedule, latent_shift
-from .options import (
-    add_data_arguments,
-    add_denoising_arguments,
-    add_optimisation_arguments,
-    add_run_arguments,
-    parse_args_with_recipe,
-)
+from .options import DenoiserDataOptions, DenoiserOptimisationOptions, DenoiserRunOptions, NoiseOptions
 from .run import TrainingRun, create_accelerator, prepare_model, whole_module
 from .uploads import BestModel
 
@@ -93,159 +91,186 @@ def create_stable_diffusion(
     return pipeline_class(vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
 
 
-def adapt_stable_diffusion(args: argparse.Namespace):
+@dataclass(kw_only=True)
+class AdaptationModelOptions(Options):
+    """Which pipeline to adapt to which autoencoder, and what of it is trained."""
+
+    title: ClassVar[str] = "model"
+
+    pretrained_model_name_or_path: str = flag(REQUIRED, "Stable Diffusion pipeline to adapt")
+    vae_name_or_path: str | None = flag(None, "PQModel or AutoencoderKL; default: the pipeline's own")
+    unet_init: str = flag(
+        "copy",
+        "weights of the new channels, see widen_unet; random: no weight of the UNet is kept",
+        choices=("copy", "copy_scaled", "zero", "random"),
+    )
+    train_text_encoder: bool = flag(False, "for pipelines whose text encoder is untrained", fixed=True)
+    lora_rank: int | None = flag(
+        None,
+        "train LoRA layers of this rank on attention, and the widened convolutions in full",
+        minimum=1,
+        fixed=True,
+    )
+
+    def check(self):
+        if self.lora_rank and (self.train_text_encoder or self.unet_init == "random"):
+            raise ValueError(
+                "--lora_rank keeps neither a --train_text_encoder nor a UNet of --unet_init random: leave it out"
+            )
+
+
+@dataclass(kw_only=True)
+class CaptionedDataOptions(DenoiserDataOptions):
+    """What captioned pictures to train on."""
+
+    caption_column: str = flag("text", "column of the captions: texts, or lists of which one is drawn")
+    proportion_empty_prompts: float = flag(
+        0.1, "captions left out, for classifier-free guidance", minimum=0, maximum=1
+    )
+
+
+@dataclass(kw_only=True)
+class StagedOptimisationOptions(DenoiserOptimisationOptions):
+    """Optimiser, precision and accumulation, in stages (Table 4)."""
+
+    stages: tuple[Stage, ...] = flag(
+        parse_stages("384:20000:8e-5:conv 768:800000:8e-5:all 768:200000:2e-5:all"),
+        "RESOLUTION:STEPS:LEARNING_RATE:conv (first and last convolution only) or ...:all, one after the other; in a "
+        "recipe also a list of mappings: {resolution: 384, steps: 20000, learning_rate: 8e-5, trained: conv}",
+        parse=parse_stages,
+        structured=True,
+    )
+    max_train_steps: int | None = flag(None, "default: all steps of the stages", minimum=1)
+
+    def check(self):
+        if self.max_train_steps is None:
+            self.max_train_steps = sum(stage.steps for stage in self.stages)
+
+
+@dataclass(kw_only=True)
+class AdaptationRunOptions(DenoiserRunOptions):
+    """Output, logs, checkpoints and the Hub."""
+
+    output_dir: str = with_default(DenoiserRunOptions, "output_dir", "pqsd")
+    validation_prompts: list[str] = flag([], "pictures of them go to the log", differs="always")
+    guidance_scale: float | None = flag(
+        None, "default of the PQ pipeline that is trained; default: the source's, or 7.5", minimum=0, differs="always"
+    )
+
+
+@dataclass(kw_only=True)
+class AdaptationOptions(DenoiserOptions):
+    """All of an adaptation of Stable Diffusion."""
+
+    model: AdaptationModelOptions
+    data: CaptionedDataOptions
+    optim: StagedOptimisationOptions
+    noise: NoiseOptions
+    run: AdaptationRunOptions
+
+    def check(self):
+        if self.model.lora_rank and self.run.guidance_scale is not None:
+            raise ValueError("--guidance_scale cannot be saved with the adapter of --lora_rank: leave it out")
+
+
+def adapt_stable_diffusion(options: AdaptationOptions):
     """
     Train, validate, keep checkpoints and write the pipeline; or do a dry run. To be called by all processes.
 
     Args:
-        args (`argparse.Namespace`): What [`parse_args`] returns.
+        options ([`AdaptationOptions`])
 
     Raises:
-        ValueError: if the flags contradict each other, the models or the data.
+        ValueError: if the options contradict the models or the data.
     """
     handlers = []
-    if any(stage.trained == "conv" for stage in args.stages):
+    if any(stage.trained == "conv" for stage in options.optim.stages):
         # Frozen parameters get no gradient in a stage that trains the first and last convolution only.
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    accelerator = create_accelerator(args, handlers)
-    if accelerator.distributed_type == DistributedType.FSDP and (args.lora_rank or args.validation_prompts):
+    needs_whole = bool(options.model.lora_rank or options.run.validation_prompts)
+    accelerator = create_accelerator(options.optim, options.run, handlers)
+    if accelerator.distributed_type == DistributedType.FSDP and needs_whole:
         raise ValueError(
             "--lora_rank and --validation_prompts need a whole UNet in each process: launch without FSDP."
         )
-    run = TrainingRun(args, accelerator, BestModel(args.output_dir, "loss", lower_is_better=True))
-    train_denoiser(args, accelerator, run, _build_task(args, _build_pipeline(args, run)))
+    run = TrainingRun(options, accelerator, BestModel(options.run.output_dir, "loss", lower_is_better=True))
+    train_denoiser(options, accelerator, run, _build_task(options, _build_pipeline(options, run)))
 
 
-def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """The flags of `train_pqsd.py`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", required=True, help="Stable Diffusion pipeline to adapt")
-    model.add_argument("--vae_name_or_path", help="PQModel or AutoencoderKL; default: the pipeline's own")
-    model.add_argument(
-        "--unet_init",
-        choices=("copy", "copy_scaled", "zero", "random"),
-        default="copy",
-        help="weights of the new channels, see widen_unet; random: no weight of the UNet is kept",
-    )
-    model.add_argument(
-        "--train_text_encoder",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="for pipelines whose text encoder is untrained",
-    )
-    model.add_argument(
-        "--lora_rank",
-        type=int,
-        help="train LoRA layers of this rank on attention, and the widened convolutions in full",
-    )
-    data = add_data_arguments(parser)
-    data.add_argument("--caption_column", default="text")
-    data.add_argument(
-        "--proportion_empty_prompts", type=float, default=0.1, help="captions left out, for classifier-free guidance"
-    )
-    optim = add_optimisation_arguments(parser)
-    optim.add_argument(
-        "--stages",
-        default="384:20000:8e-5:conv 768:800000:8e-5:all 768:200000:2e-5:all",
-        help="RESOLUTION:STEPS:LEARNING_RATE:conv (first and last convolution only) or ...:all, one after the other",
-    )
-    optim.add_argument("--max_train_steps", type=int, help="default: all steps of the stages")
-    run = add_run_arguments(parser, output_dir="pqsd", steps=5000)
-    run.add_argument("--validation_prompts", nargs="*", default=[], help="pictures of them go to the log")
-    run.add_argument(
-        "--guidance_scale",
-        type=float,
-        help="default of the PQ pipeline that is trained; default: the source's, or 7.5",
-    )
-    add_denoising_arguments(data, optim, run)
-    args = parse_args_with_recipe(parser, argv)
-    try:
-        args.stages = [Stage.parse(text) for text in args.stages.split()]
-    except ValueError as error:
-        parser.error(f"--stages: {error}")
-    if args.lora_rank and (args.train_text_encoder or args.unet_init == "random"):
-        parser.error("--lora_rank keeps neither a --train_text_encoder nor a UNet of --unet_init random: leave it out")
-    if args.lora_rank and args.guidance_scale is not None:
-        parser.error("--guidance_scale cannot be saved with the adapter of --lora_rank: leave it out")
-    if args.max_train_steps is None:
-        args.max_train_steps = sum(stage.steps for stage in args.stages)
-    return args
-
-
-def _build_pipeline(args, run):
+def _build_pipeline(options, run):
     """The pipeline that is trained; a resumed run takes the autoencoder that holds the latents' statistics."""
-    source = args.pretrained_model_name_or_path
+    model, stages = options.model, options.optim.stages
+    source = model.pretrained_model_name_or_path
     is_pq = DiffusionPipeline.load_config(source)["vae"][-1] == "PQModel"
     source_class = StableDiffusionPQPipeline if is_pq else StableDiffusionPipeline
     pipeline = source_class.from_pretrained(source, safety_checker=None)
     if run.checkpoint is not None:
-        vae = load_autoencoder(str(saved_autoencoder(args, run)))
+        vae = load_autoencoder(str(saved_autoencoder(run)))
     else:
-        vae = load_autoencoder(args.vae_name_or_path) if args.vae_name_or_path else pipeline.vae
+        vae = load_autoencoder(model.vae_name_or_path) if model.vae_name_or_path else pipeline.vae
     components = {name: getattr(pipeline, name) for name in pipeline.components} | {"vae": vae.requires_grad_(False)}
-    components["unet"] = _build_unet(args, pipeline.unet, vae.config.latent_channels)
+    components["unet"] = _build_unet(options, pipeline.unet, vae.config.latent_channels)
     pipeline_class = StableDiffusionPQPipeline if isinstance(vae, PQModel) else StableDiffusionPipeline
     factor = downsampling_factor(vae)
-    for stage in args.stages:
+    for stage in stages:
         check_resolution("--stages", stage.resolution, factor)
-    side = args.stages[-1].resolution // factor
-    components["scheduler"] = _build_scheduler(args, pipeline, vae.config.latent_channels, side)
+    side = stages[-1].resolution // factor
+    components["scheduler"] = _build_scheduler(options.noise, pipeline, vae.config.latent_channels, side)
     components["unet"].register_to_config(sample_size=side)
     built = pipeline_class(**components, requires_safety_checker=False)
-    for guidance_scale in (pipeline.config.get("guidance_scale"), args.guidance_scale):
+    for guidance_scale in (pipeline.config.get("guidance_scale"), options.run.guidance_scale):
         if isinstance(built, StableDiffusionPQPipeline) and guidance_scale is not None:
             built.register_to_config(guidance_scale=guidance_scale)
     return built
 
 
-def _build_scheduler(args, pipeline, latent_channels, side):
+def _build_scheduler(noise, pipeline, latent_channels, side):
     """The pipeline's noise schedule; `--noise_shift auto` is by how much larger the new latents are than its own."""
     config = pipeline.unet.config
     base = config.in_channels * config.sample_size**2
-    shift = latent_shift(latent_channels, side, side, base) if args.noise_shift == "auto" else args.noise_shift
-    return adapt_schedule(pipeline.scheduler, shift, args.rescale_betas_zero_snr)
+    shift = latent_shift(latent_channels, side, side, base) if noise.noise_shift == "auto" else noise.noise_shift
+    return adapt_schedule(pipeline.scheduler, shift, noise.rescale_betas_zero_snr)
 
 
-def _build_unet(args, unet, latent_channels):
-    if args.unet_init == "random":
+def _build_unet(options, unet, latent_channels):
+    model = options.model
+    if model.unet_init == "random":
         channels = {"in_channels": latent_channels, "out_channels": latent_channels}
         unet = type(unet).from_config(unet.config, **channels)
     elif unet.config.in_channels != latent_channels:
-        unet = widen_unet(unet, latent_channels, args.unet_init)
-    if args.lora_rank:
+        unet = widen_unet(unet, latent_channels, model.unet_init)
+    if model.lora_rank:
         # alpha = rank: the scale is then 1 whatever the rank.
-        rank = {"r": args.lora_rank, "lora_alpha": args.lora_rank}
+        rank = {"r": model.lora_rank, "lora_alpha": model.lora_rank}
         unet.add_adapter(LoraConfig(**rank, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
-    return prepare_model(args, unet)
+    return prepare_model(options.optim, unet)
 
 
-def _build_task(args, pipeline):
-    paint = partial(paint_each, args, pipeline.unet, pipeline, args.validation_prompts)
+def _build_task(options, pipeline):
+    data, optim, prompts = options.data, options.optim, options.run.validation_prompts
+    paint = partial(paint_each, pipeline.unet, pipeline, prompts, optim.seed)
     return DenoiserTask(
-        denoiser=ConditionalDenoiser(pipeline.unet, pipeline.text_encoder, args.train_text_encoder),
+        denoiser=ConditionalDenoiser(pipeline.unet, pipeline.text_encoder, options.model.train_text_encoder),
         vae=pipeline.vae,
         scheduler=pipeline.scheduler,
-        stages=args.stages,
-        condition_column=args.caption_column,
-        condition=Prompts(args.caption_column, pipeline.tokenizer, args.proportion_empty_prompts),
-        validation_condition=Prompts(args.caption_column, pipeline.tokenizer),
-        save=partial(_save_pipeline, args, pipeline),
-        paint=paint if args.validation_prompts else None,
+        stages=optim.stages,
+        condition_column=data.caption_column,
+        condition=Prompts(data.caption_column, pipeline.tokenizer, data.proportion_empty_prompts),
+        validation_condition=Prompts(data.caption_column, pipeline.tokenizer),
+        save=partial(_save_pipeline, pipeline, bool(options.model.lora_rank)),
+        paint=paint if prompts else None,
         start_stage=lambda denoiser, stage: denoiser.train_only(stage.trained),
         parts={"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae},
     )
 
 
-def _save_pipeline(args, pipeline, trainer, folder):
+def _save_pipeline(pipeline, is_adapter, trainer, folder):
     """The whole pipeline, or with `--lora_rank` what has been trained of it, autoencoder and noise schedule."""
     unet = whole_module(trainer.accelerator, trainer.denoiser, "unet")
     text_encoder = whole_module(trainer.accelerator, trainer.denoiser, "text_encoder")
     if not trainer.accelerator.is_main_process:
         return
-    if args.lora_rank:
+    if is_adapter:
         save_lora(unet, type(pipeline), folder)
         pipeline.vae.save_pretrained(Path(folder, "vae"))
         pipeline.scheduler.save_pretrained(Path(folder, "scheduler"))
