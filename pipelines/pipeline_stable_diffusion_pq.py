@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 from diffusers_pq.models.autoencoder_pq import PQModel
 from diffusers_pq.models.widening import widen_unet
-from diffusers_pq.pipelines.pq_mixin import ACCEPTED_SIZE, PQLatentsMixin
+from diffusers_pq.pipelines.pq_mixin import ACCEPTED_SIZE, PQLatentsMixin, in_dtype, in_one_dtype
 
 
 class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
@@ -32,20 +32,20 @@ class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str`): A Stable Diffusion pipeline on the Hub or on disk.
-            vae ([`PQModel`]): Replaces the pipeline's autoencoder, and gets its dtype.
+            vae ([`PQModel`]): Replaces the pipeline's autoencoder; a copy of it, if its dtype is another.
             init (`str`, *optional*, defaults to `"copy"`): See [`widen_unet`].
             kwargs: For `StableDiffusionPipeline.from_pretrained`.
 
         Returns:
-            [`StableDiffusionPQPipeline`]: In the dtype of the pipeline it starts from. Adapt it before use.
+            [`StableDiffusionPQPipeline`]: All parts in `dtype`, by default in float32. Adapt it before use.
 
         Raises:
             ValueError: see [`widen_unet`].
         """
-        source = StableDiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        source = StableDiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **in_one_dtype(kwargs))
         components = {name: getattr(source, name) for name in source.components}
         components["unet"] = widen_unet(source.unet, vae.config.latent_channels, init)
-        components["vae"] = vae.to(source.unet.dtype)
+        components["vae"] = in_dtype(vae, source.unet.dtype)
         return cls(**components, requires_safety_checker=source.config.requires_safety_checker)
 
     def check_inputs(self, prompt, height, width, *args, **kwargs):

@@ -1,5 +1,6 @@
 """What the Stable Diffusion pipelines on product-quantised latents share: encoding, decoding, checks, saving."""
 
+import copy
 import json
 import math
 import os
@@ -30,11 +31,39 @@ ACCEPTED_SIZE = (0, 0)
 _COMPONENT_CODE = "from diffusers_pq import {name}  # noqa: F401\n"
 
 
+# In place of the dtype into which diffusers' `from_pipe` casts.
+_AS_IT_IS = object()
+
+
 class ImportedByCodeMixin:
     """
     Put before a pipeline of diffusers, lets diffusers itself load what it saves: by code beside it that imports the
     classes from `diffusers_pq`.
     """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """
+        As the parent's, but all parts are in float32 unless a `dtype` is given: models of transformers, too, which
+        would load in the dtype that they are stored in.
+        """
+        return super().from_pretrained(pretrained_model_name_or_path, **in_one_dtype(kwargs))
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """
+        As the parent's, but both pipelines share the parts as they are; a part that is not in the `dtype` given, if
+        one is given, is copied into it.
+        """
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", None) or torch_dtype
+        made = super().from_pipe(pipeline, dtype=_AS_IT_IS, **kwargs)
+        if dtype is not None:
+            made.register_modules(**{name: in_dtype(part, dtype) for name, part in made.components.items()})
+        return made
+
+    def to(self, *args, **kwargs):
+        return self if kwargs.get("dtype") is _AS_IT_IS else super().to(*args, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike):
         """
@@ -58,6 +87,20 @@ class ImportedByCodeMixin:
         for component, name in _own_components(config).items():
             config[component] = [getattr(diffusers_pq, name).__module__, name]
         return config
+
+
+def in_dtype(component, dtype: torch.dtype):
+    """The component of a pipeline itself, or a copy if it is a model of another dtype: models may be shared."""
+    if not isinstance(component, torch.nn.Module) or component.dtype == dtype:
+        return component
+    return copy.deepcopy(component).to(dtype)
+
+
+def in_one_dtype(loading: dict) -> dict:
+    """Arguments of a pipeline's `from_pretrained`, with float32 as the dtype of all parts where none is given."""
+    if any(loading.get(name) is not None for name in ("dtype", "torch_dtype", "quantization_config")):
+        return loading
+    return loading | {"dtype": torch.float32}
 
 
 def _own_components(config: dict) -> dict[str, str]:

@@ -119,6 +119,11 @@ def test_starts_from_a_stable_diffusion_pipeline(pipeline, tmp_path):
     assert torch.equal(started.unet.conv_in.weight[:, 4:], source.unet.conv_in.weight)
     started.set_progress_bar_config(disable=True)
     assert generate(started, output_type="np").images.shape == (2, 32, 32, 3)
+    half = {"vae": pipeline.vae, "dtype": torch.bfloat16}
+    started = StableDiffusionPQPipeline.from_stable_diffusion(tmp_path, **half, **NOTHING_ELSE)
+    assert started.vae.dtype == started.unet.dtype == torch.bfloat16
+    assert torch.equal(started.vae.quantizer.codebooks, pipeline.vae.quantizer.codebooks)
+    assert pipeline.vae.dtype == torch.float32, "the caller's model stays as it is"
 
 
 def test_img2img_without_noise_is_the_reconstruction(pipeline):

@@ -146,6 +146,29 @@ def test_a_saved_pipeline_paints_the_same_and_half_as_large_in_bfloat16(pipeline
     assert np.isfinite(paint(half)).all()
 
 
+def test_a_pipeline_stored_in_half_precision_loads_in_float32_as_a_whole(pipeline, tmp_path):
+    copy.deepcopy(pipeline).to(torch.float16).save_pretrained(tmp_path)
+    loaded = quiet(type(pipeline).from_pretrained(tmp_path))
+    assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.float32}
+    assert np.isfinite(paint(loaded)).all()
+    mixed = type(pipeline).from_pretrained(tmp_path, dtype={"unet": torch.float16, "default": torch.bfloat16})
+    assert (mixed.unet.dtype, mixed.text_encoder.dtype) == (torch.float16, torch.bfloat16)
+
+
+def test_from_pipe_shares_the_parts_in_the_dtype_they_have(pipeline):
+    pipeline = copy.deepcopy(pipeline)
+    pipeline.unet.to(torch.bfloat16)
+    other = PIPELINES[1].from_pipe(pipeline)
+    assert other.unet is pipeline.unet and other.vae is pipeline.vae
+    assert (other.unet.dtype, other.vae.dtype) == (torch.bfloat16, torch.float32)
+    codebooks = pipeline.vae.quantizer.codebooks.detach().clone()
+    half = PIPELINES[1].from_pipe(pipeline, dtype=torch.bfloat16)
+    assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
+    assert torch.equal(half.vae.quantizer.codebooks, codebooks)
+    assert half.unet is pipeline.unet and half.vae is not pipeline.vae
+    assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch.bfloat16, torch.float32), "it stays as it was"
+
+
 def test_model_offloading_changes_nothing_and_covers_the_decoding(components, tmp_path, monkeypatch):
     pipeline = quiet(StableDiffusionPQPipeline(**components, requires_safety_checker=False))
     before = paint(pipeline)

@@ -138,12 +138,16 @@ def test_the_first_stage_trains_the_first_and_last_convolution_only(workspace):
     assert pipeline.unet.config.in_channels == 8
 
 
-def test_trains_the_text_encoder_of_a_pipeline_on_kl_latents(workspace):
-    adapt(workspace, "kl-run", "--train_text_encoder", "--snr_gamma", 5, stages="32:2:1e-2:all")
-    before = StableDiffusionPipeline.from_pretrained(workspace / "sd").text_encoder.state_dict()
+def test_trains_the_text_encoder_of_a_pipeline_on_kl_latents_stored_in_half_precision(workspace):
+    source = StableDiffusionPipeline.from_pretrained(workspace / "sd", dtype=torch.float16)
+    source.save_pretrained(workspace / "sd16")
+    extra = ("--pretrained_model_name_or_path", workspace / "sd16", "--train_text_encoder", "--snr_gamma", 5)
+    adapt(workspace, "kl-run", *extra, stages="32:2:1e-2:all")
+    before = source.text_encoder.float().state_dict()
     trained = StableDiffusionPipeline.from_pretrained(workspace / "kl-run", safety_checker=None)
     assert any(not value.equal(before[name]) for name, value in trained.text_encoder.state_dict().items())
     assert trained.vae.config.scaling_factor != 1.0
+    assert trained.text_encoder.dtype == trained.unet.dtype == torch.float32
 
 
 def test_trains_lora_layers_that_our_pipelines_load(workspace):

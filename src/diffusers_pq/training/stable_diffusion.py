@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 import torch.nn as nn
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -203,7 +204,8 @@ def _build_pipeline(options, run):
     source = model.pretrained_model_name_or_path
     is_pq = DiffusionPipeline.load_config(source)["vae"][-1] == "PQModel"
     source_class = StableDiffusionPQPipeline if is_pq else StableDiffusionPipeline
-    pipeline = source_class.from_pretrained(source, safety_checker=None)
+    # In float32 whatever it is stored in: mixed precision is the accelerator's.
+    pipeline = source_class.from_pretrained(source, safety_checker=None, dtype=torch.float32)
     if run.checkpoint is not None:
         vae = load_autoencoder(str(saved_autoencoder(run)))
     else:
