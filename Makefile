@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test test-install quality style docs space test-space train-mini train-pqsd-mini train-ldm-mini sweep-mini benchmarks
+.PHONY: install demo test test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini sweep-mini benchmarks
 
 # Which mini model `make train-mini` trains, and `make train-ldm-mini` trains on: pq, vq or kl.
 MINI ?= pq
@@ -39,6 +39,10 @@ quality: install
 style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The README.md of each folder in model_cards/, from cards.yaml, recipes and measured results.
+cards: install
+	$(BIN)/python -m diffusers_pq.hub.cards model_cards
 
 # The site, in site/; a warning is an error. `mkdocs serve` shows it while writing.
 docs: install

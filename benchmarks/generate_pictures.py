@@ -21,6 +21,8 @@ import matplotlib.pyplot as plt
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+from diffusers_pq.console import one_line_errors
+from diffusers_pq.devices import usable_device
 from diffusers_pq.flags import named
 
 
@@ -86,6 +88,7 @@ def save_pictures(pictures, folder):
 
 
 def main(args):
+    usable_device(args.device)
     pictures = {name: paint(source, args) for name, source in args.models}
     if args.pictures_dir:
         save_pictures(pictures, args.pictures_dir)
@@ -94,4 +97,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

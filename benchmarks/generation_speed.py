@@ -18,6 +18,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from diffusers_pq import PQModel, widen_unet
+from diffusers_pq.console import one_line_errors
+from diffusers_pq.devices import usable_device
 from diffusers_pq.files import write_json
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 
@@ -103,6 +105,7 @@ def plot(rows, num_inference_steps, machine, path):
 
 
 def main(args):
+    usable_device(args.device)
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(SD21_UNET).eval()
     rows = {}
@@ -123,4 +126,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import load_autoencoder
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 from diffusers_pq.metrics import psnr
@@ -115,4 +116,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

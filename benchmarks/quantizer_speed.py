@@ -20,6 +20,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from diffusers_pq import PQModel, ProductQuantizer
+from diffusers_pq.console import one_line_errors
+from diffusers_pq.devices import usable_device
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 from diffusers_pq.models import search
 
@@ -162,6 +164,7 @@ def draw(rows, path):
 
 
 def main(args):
+    usable_device(args.device)
     torch.set_num_threads(args.threads)
     rows = []
     for channels, subspaces, size in SHAPES:
@@ -183,4 +186,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

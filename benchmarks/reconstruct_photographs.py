@@ -17,6 +17,7 @@ import datetime
 import statistics
 from pathlib import Path
 
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.evaluation.systems import load_for_evaluation
 from diffusers_pq.figures import draw_reconstructions, most_different_box
 from diffusers_pq.files import replacing, write_json
@@ -136,4 +137,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

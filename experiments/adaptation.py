@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import replacing, write_json
 from diffusers_pq.flags import named
 
@@ -67,4 +68,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.measuring import describe_machine
 
 
@@ -73,4 +74,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

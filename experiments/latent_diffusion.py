@@ -26,6 +26,7 @@ from torchmetrics import MetricCollection
 
 from diffusers_pq import LatentDiffusionPQPipeline
 from diffusers_pq.autoencoders import decode_latents, encode_latents, scale_latents, weights_digest
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.pictures import ClassLabels, ConditionedCrops, load_images
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.evaluation.reconstruction import EvaluationData
@@ -254,4 +255,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

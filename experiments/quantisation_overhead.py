@@ -20,6 +20,8 @@ from sweep_report import draw_overhead
 from tqdm import tqdm
 
 from diffusers_pq import PQModel, ProductQuantizer
+from diffusers_pq.console import one_line_errors
+from diffusers_pq.devices import usable_device
 from diffusers_pq.files import write_json
 from diffusers_pq.measuring import describe_machine, measure_seconds
 from diffusers_pq.models import search
@@ -59,6 +61,7 @@ def measure_quantizer(configuration, latents, args):
 
 
 def main(args):
+    usable_device(args.device)
     search._COMPILE_AFTER = 0
     configurations = grid(args.latent_channels, args.num_subspaces, args.codebook_size)
     backbones = {channels: measure_backbone(channels, args) for channels in tqdm(args.latent_channels, desc="models")}
@@ -90,4 +93,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -35,6 +35,7 @@ from bottlenecks import BOTTLENECKS, create_bottleneck, fit_quantizer, load_bott
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from diffusers_pq import PQModel
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.evaluation.reconstruction import (
     EvaluationData,
     describe_latents,
@@ -236,4 +237,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

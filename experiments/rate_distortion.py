@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.compression import compress_picture, decompress_picture
+from diffusers_pq.console import one_line_errors
+from diffusers_pq.devices import usable_device
 from diffusers_pq.evaluation.reconstruction import EvaluationData
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
@@ -138,6 +140,7 @@ def draw(record, path):
 
 
 def main(args):
+    usable_device(args.device)
     photographs = load_photographs()
     available = [name for name in CODECS if is_available(name)]
     record = {
@@ -162,4 +165,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from sweep_report import check_findings, draw_quality, draw_utilisation, read_sweep, report
 
+from diffusers_pq.console import one_line_errors
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,4 +44,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -22,6 +22,7 @@ import torch
 from sweep import Sweep, grid
 
 from diffusers_pq import PQModel, ProductQuantizer
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.evaluation.options import parse_reconstruction_args
 from diffusers_pq.flags import parse
 from diffusers_pq.training.pqgan import PQGANOptions
@@ -124,4 +125,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    with one_line_errors():
+        sys.exit(main(parse_args()))

@@ -22,6 +22,7 @@ from diffusers import VQModel
 from diffusers.optimization import get_scheduler
 
 from diffusers_pq import PatchDiscriminator, PQModel
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 from diffusers_pq.training.pqgan import (
     AutoencoderLoss,
@@ -139,4 +140,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -14,7 +14,7 @@ SCRIPTS = ("training_scripts", "experiments", "benchmarks", "spaces")
 
 # From the ground up: a module imports from its own floor and from those below.
 FLOORS = (
-    ("_versions", "_registration", "files", "flags", "images", "measuring"),
+    ("_versions", "_registration", "console", "devices", "files", "flags", "images", "measuring"),
     ("models",),
     ("autoencoders", "metrics"),
     ("photographs", "reconstruction", "compression", "conversion", "figures", "pipelines", "data", "data_preparation"),

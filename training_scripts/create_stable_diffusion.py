@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from diffusers_pq.autoencoders import load_autoencoder
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.pictures import load_images
 from diffusers_pq.training.stable_diffusion import create_stable_diffusion, train_clip_tokenizer
 
@@ -46,4 +47,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -13,6 +13,7 @@ import argparse
 from accelerate import Accelerator
 
 from diffusers_pq.autoencoders import load_pq_model
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.latent_cache import encode_dataset
 from diffusers_pq.data.pictures import ConditionedCrops, load_images
 
@@ -54,4 +55,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

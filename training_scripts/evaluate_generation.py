@@ -13,6 +13,7 @@ import json
 
 from accelerate import Accelerator
 
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.evaluation.generation import Sampling, run_generation_evaluation
 from diffusers_pq.evaluation.options import parse_generation_args
 from diffusers_pq.evaluation.reconstruction import EvaluationData
@@ -61,4 +62,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -20,6 +20,7 @@ started again with the same arguments.
 
 from accelerate import Accelerator
 
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.evaluation.options import parse_reconstruction_args
 from diffusers_pq.evaluation.reconstruction import EvaluationData, run_evaluation, write_table
 
@@ -64,4 +65,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -8,6 +8,7 @@ The autoencoder is a PQModel or any other image autoencoder of diffusers, the de
 `training_scripts/README.md` explains the flags.
 """
 
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.flags import parse
 from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions, train_latent_diffusion
 
@@ -21,4 +22,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -7,6 +7,7 @@
 The defaults are the paper's (Table 4, appendix A.1) for one process; `training_scripts/README.md` has the recipes.
 """
 
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.flags import parse
 from diffusers_pq.training.pqgan import PQGANOptions, train_pqgan
 
@@ -20,4 +21,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -7,6 +7,7 @@ The UNet's first and last convolution are widened; the stages of `--stages` foll
 `training_scripts/README.md` explains the flags.
 """
 
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.flags import parse
 from diffusers_pq.training.stable_diffusion import AdaptationOptions, adapt_stable_diffusion
 
@@ -20,4 +21,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())

@@ -4,9 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from . import __version__
+from .console import report
+
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffusers-pq", description="Product-quantised image latents.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     reconstruct = commands.add_parser("reconstruct", help="encode and decode a picture of any size")
@@ -34,10 +38,6 @@ def _build_parser() -> argparse.ArgumentParser:
     widen.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     widen.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     widen.set_defaults(run=_widen_unet)
-
-    cards = commands.add_parser("render-cards", help="write the README.md of each model that a cards.yaml describes")
-    cards.add_argument("folder", type=Path, nargs="?", default=Path("model_cards"), help="default: model_cards")
-    cards.set_defaults(run=_render_cards)
 
     push = commands.add_parser("push", help="check a folder with a model or a pipeline, and upload it to the Hub")
     push.add_argument("folder", type=Path, help="holds README.md, and config.json or model_index.json with weights")
@@ -93,11 +93,13 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _reconstruct(args):
     from .autoencoders import load_autoencoder
+    from .devices import usable_device
     from .images import load_image, save_image
     from .reconstruction import reconstruct_picture
 
+    device = usable_device(args.device)
     picture = load_image(args.picture)
-    model = load_autoencoder(args.model).to(args.device)
+    model = load_autoencoder(args.model).to(device)
     result = reconstruct_picture(model, picture)
     output = args.output or args.picture.with_name(f"{args.picture.stem}-reconstruction.png")
     save_image(result.picture, output)
@@ -142,14 +144,6 @@ def _widen_unet(args):
     print(f"{args.output}: {args.latent_channels} latent channels, {inputs}")
 
 
-def _render_cards(args):
-    from .hub.cards import CardRepository
-
-    repository = CardRepository(args.folder)
-    for name in repository.names():
-        print(repository.write(name))
-
-
 def _push(args):
     from .hub.push import push_folder
 
@@ -180,12 +174,14 @@ def _convert(args):
 def _compress(args):
     from .autoencoders import load_autoencoder
     from .compression import compress_picture, decompress_picture
+    from .devices import usable_device
     from .files import replacing
     from .images import load_image, to_tensor, to_uint8
     from .metrics import psnr
 
+    device = usable_device(args.device)
     picture = load_image(args.picture)
-    model = load_autoencoder(args.model).to(args.device)
+    model = load_autoencoder(args.model).to(device)
     data = compress_picture(model, picture)
     pair = (to_uint8(to_tensor(image))[None] for image in (decompress_picture(model, data), picture))
     with replacing(args.output) as unfinished:
@@ -197,23 +193,26 @@ def _compress(args):
 def _decompress(args):
     from .autoencoders import load_autoencoder
     from .compression import decompress_picture
+    from .devices import usable_device
     from .images import save_image
 
+    device = usable_device(args.device)
     data = args.file.read_bytes()
-    model = load_autoencoder(args.model).to(args.device)
+    model = load_autoencoder(args.model).to(device)
     save_image(decompress_picture(model, data), args.output)
     print(args.output)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; expected errors are one line on stderr and exit status 1."""
-    args = _build_parser().parse_args(argv)
+    parser = _build_parser()
+    args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        # The messages of other libraries can run over several lines.
-        print(f"diffusers-pq: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return report(error, parser.prog)
     return 0
 
 

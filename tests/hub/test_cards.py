@@ -19,9 +19,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from diffusers_pq import PQModel, StableDiffusionPQPipeline
-from diffusers_pq.cli import main
 from diffusers_pq.evaluation.reconstruction import EvaluationData, run_evaluation
-from diffusers_pq.hub.cards import CardRepository, hub_id, write_configuration
+from diffusers_pq.hub.cards import CardRepository, hub_id, main, write_configuration
 from diffusers_pq.hub.push import check_folder, read_json
 from diffusers_pq.hub.run_card import write_run_card
 
@@ -55,7 +54,7 @@ def test_every_folder_has_facts():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_committed_card_is_what_the_command_renders(name):
     text = (ROOT / "model_cards" / name / "README.md").read_text()
-    assert text == str(REPOSITORY.card(name)), "run `diffusers-pq render-cards`"
+    assert text == str(REPOSITORY.card(name)), "run `make cards`"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -165,9 +164,9 @@ def repository(tmp_path):
     return tmp_path
 
 
-def test_an_evaluation_of_other_weights_is_refused(repository, capsys):
-    assert main(["render-cards", str(repository / "models")]) == 1
-    assert "is about other weights than those in" in capsys.readouterr().err
+def test_an_evaluation_of_other_weights_is_refused(repository):
+    with pytest.raises(ValueError, match="is about other weights than those in"):
+        main([str(repository / "models")])
     assert not (repository / "models" / "tiny" / "README.md").exists()
 
 
@@ -181,7 +180,7 @@ def test_the_command_of_an_evaluation_in_a_card_has_all_that_differs_from_the_de
     source = {"dataset_name": str(repository / "photographs"), "split": "test", "image_column": "jpg"}
     data = EvaluationData(**source, resolution=32, resize_mode="stretch", image_interpolation_mode="lanczos")
     run_evaluation(Accelerator(cpu=True), str(repository / "models" / "tiny"), data, evaluations, metrics=["psnr"])
-    assert main(["render-cards", str(repository / "models")]) == 0
+    main([str(repository / "models")])
     card = (repository / "models" / "tiny" / "README.md").read_text()
     (command,) = re.findall(r"evaluate_reconstruction.py \\\n(.*?)\n```", card, re.DOTALL)
     flags = dict(line.removesuffix(" \\").split() for line in command.splitlines())
@@ -198,13 +197,13 @@ def test_the_command_of_an_evaluation_in_a_card_has_all_that_differs_from_the_de
 
 def test_the_command_writes_the_cards_of_the_folders_that_are_there(repository, capsys):
     shutil.rmtree(repository / "benchmarks" / "results" / "evaluation")
-    assert main(["render-cards", str(repository / "models")]) == 0
+    main([str(repository / "models")])
     assert capsys.readouterr().out.split() == [str(repository / "models" / "tiny" / "README.md")]
     card = check_folder(repository / "models" / "tiny")
     assert card.data.license == "mit" and card.data.get("eval_results") is None
     assert not (repository / "models" / "later").exists()
-    assert main(["render-cards", str(repository)]) == 1
-    assert "cards.yaml is missing" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="cards.yaml is missing"):
+        main([str(repository)])
 
 
 def test_the_card_of_a_pipeline_shows_its_validation_loss_beside_that_of_other_runs(repository):

@@ -1,5 +1,10 @@
-"""Model cards: one template for the models of this repository and for those that the training scripts write."""
+"""
+Model cards: one template for the models of this repository and for those that the training scripts write.
 
+`python -m diffusers_pq.hub.cards [FOLDER]` writes the README.md of each model that `cards.yaml` there describes.
+"""
+
+import argparse
 import os
 from pathlib import Path
 
@@ -11,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..autoencoders import AUTOENCODERS, downsampling_factor, load_autoencoder, weights_digest
+from ..console import one_line_errors
 from ..evaluation.systems import SYSTEMS
 from ..files import replacing
 from ..models.autoencoder_pq import PQModel
@@ -287,3 +293,17 @@ def _evaluation_command(result: dict) -> str:
     flags = {"pretrained_model_name_or_path": result["model"]} | data_flags(result)
     given = [f"--{name} {value}" for name, value in flags.items()]
     return " \\\n    ".join(["accelerate launch training_scripts/evaluate_reconstruction.py", *given])
+
+
+def main(argv: list[str] | None = None):
+    """Render the cards of a folder."""
+    parser = argparse.ArgumentParser(prog="python -m diffusers_pq.hub.cards", description=main.__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("model_cards"), help="default: model_cards")
+    repository = CardRepository(parser.parse_args(argv).folder)
+    for name in repository.names():
+        print(repository.write(name))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,121 @@
+"""How commands and scripts end on errors that users can cause, and on those that they cannot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets.exceptions import DatasetGenerationError
+from safetensors import SafetensorError
+
+from diffusers_pq import __version__, cli, console
+from diffusers_pq.console import one_line_errors, report
+from diffusers_pq.devices import usable_device
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [
+    path
+    for folder in ("training_scripts", "experiments", "benchmarks")
+    for path in sorted(ROOT.glob(f"{folder}/*.py"))
+    if "__main__" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_reports_expected_errors_in_one_line(script):
+    end = script.read_text().partition('if __name__ == "__main__":\n')[2]
+    assert end.startswith("    with one_line_errors():\n") and len(end.splitlines()) == 2
+
+
+EXPECTED = [
+    ValueError("`--resolution` must be\n  at least 1"),
+    FileNotFoundError(2, "No such file or directory", "absent"),
+    TypeError("no codes"),
+    ModuleNotFoundError("No module named 'wandb'"),
+    FloatingPointError("The gradient was not finite"),
+    json.JSONDecodeError("Expecting value", "{", 1),
+    DatasetGenerationError("An error occurred while generating the dataset"),
+    SafetensorError("Error while deserializing header"),
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("Found no NVIDIA driver on your system."),
+    AssertionError("Torch not compiled with CUDA enabled"),
+]
+
+
+@pytest.mark.parametrize("error", EXPECTED, ids=repr)
+def test_an_expected_error_is_one_line_that_says_something(error, capsys):
+    assert report(error, "program") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("program: ") and len(line) > len("program: ") + 5
+
+
+@pytest.mark.parametrize("error", [KeyError("key"), AttributeError("no"), RuntimeError("size mismatch")], ids=repr)
+def test_a_fault_of_the_program_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        report(error, "program")
+
+
+def test_running_out_of_memory_says_what_helps(capsys):
+    report(torch.OutOfMemoryError("CUDA out of memory."), "program")
+    assert "smaller pictures or batches" in capsys.readouterr().err
+
+
+def test_the_environment_brings_the_traceback_back(monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_PQ_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="bad"), one_line_errors():
+        raise ValueError("bad")
+
+
+def test_of_several_processes_the_main_one_speaks_first(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(console.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        report(ValueError("bad"), "program")
+    assert capsys.readouterr().err == "program: bad\nprogram (process 1): bad\n"
+    assert len(waited) == 1 and waited[0] > 1
+
+
+def test_an_interrupt_ends_quietly(capsys):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise KeyboardInterrupt
+    assert end.value.code == 130 and capsys.readouterr().err == ""
+
+
+def test_a_script_under_accelerate_launch_ends_with_its_line(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from diffusers_pq.console import one_line_errors\nwith one_line_errors():\n    raise ValueError('bad')\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes=1"]
+    result = subprocess.run([*launch, str(script)], capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == "script.py: bad"
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:99", "meta", "mps" if sys.platform == "linux" else "xpu"])
+def test_a_device_that_cannot_be_used_is_named(name):
+    with pytest.raises(ValueError, match=f"device '{name}'"):
+        usable_device(name)
+
+
+def test_a_device_that_can_be_used_is_returned():
+    assert usable_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "compress", "decompress"])
+def test_a_command_names_a_bad_device_before_anything_else(command, capsys):
+    arguments = [command, "absent.png", "--model", "absent", "--output", "absent", "--device", "gpu"]
+    assert cli.main(arguments) == 1
+    assert "There is no device 'gpu'" in capsys.readouterr().err
+
+
+def test_the_command_says_its_version():
+    code = "import sys; from diffusers_pq.cli import main; sys.exit(main(['--version']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"diffusers-pq {__version__}\n")
