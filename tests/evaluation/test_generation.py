@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,16 @@ def test_references_of_other_pictures_are_refused(workspace, alone):
     data = EvaluationData(data_dir=str(workspace / "data"), resolution=16)
     with pytest.raises(ValueError, match="resolution 32 there, 16 now"):
         add_references(Accelerator(cpu=True), small_metrics(), data, workspace / "one" / "references")
+
+
+def test_references_of_pictures_that_were_changed_are_refused(workspace, tmp_path):
+    shutil.copytree(workspace / "data", tmp_path / "data")
+    data = EvaluationData(data_dir=str(tmp_path / "data"), resolution=32)
+    for _ in range(2):
+        add_references(Accelerator(cpu=True), small_metrics(), data, tmp_path / "references")
+    PIL.Image.new("RGB", (32, 32)).save(tmp_path / "data" / "validation" / "0.png")
+    with pytest.raises(ValueError, match="an evaluation of other pictures .*rows_sha256"):
+        add_references(Accelerator(cpu=True), small_metrics(), data, tmp_path / "references")
 
 
 def test_an_evaluation_names_what_it_lacks_and_keeps_its_result(workspace, monkeypatch, tmp_path):

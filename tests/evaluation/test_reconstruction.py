@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -339,6 +340,26 @@ def test_finished_evaluations_are_read_and_not_repeated(photographs, tmp_path):
     tiny_model("PQModel").save_pretrained(tmp_path / "other" / "kl")
     with pytest.raises(ValueError, match="weights_sha256"):
         run_evaluation(Accelerator(cpu=True), str(tmp_path / "other" / "kl"), photographs, **arguments)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("source", ["photographs", "shards"])
+def test_scores_of_other_pictures_under_the_same_name_are_not_given_out(source, streaming, request, tmp_path):
+    data = request.getfixturevalue(source)
+    tiny_model("AutoencoderKL").save_pretrained(tmp_path / "kl")
+    arguments = {"output_dir": tmp_path / "out", "metrics": ("psnr",), "cache_dir": str(tmp_path / "cache")}
+
+    def evaluate():
+        return run_evaluation(Accelerator(cpu=True), str(tmp_path / "kl"), data, streaming=streaming, **arguments)
+
+    assert evaluate() == evaluate()
+    file = sorted(path for path in Path(data.dataset_name or data.data_dir).rglob("*.*") if path.is_file())[0]
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(file).slice(1), file)
+    else:
+        PIL.Image.new("RGB", (40, 40)).save(file)
+    with pytest.raises(ValueError, match="an evaluation of other pictures"):
+        evaluate()
 
 
 def test_two_processes_of_the_script_give_the_table_of_one(photographs, tmp_path):

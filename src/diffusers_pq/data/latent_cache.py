@@ -1,6 +1,7 @@
 """A dataset's pictures, encoded once to packed codes, for the training of denoisers."""
 
 import json
+import logging
 import math
 import os
 import random
@@ -15,12 +16,15 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..autoencoders import weights_digest
-from ..files import replacing
+from ..files import replacing, write_json
 from ..models.autoencoder_pq import PQModel
 from ..models.quantizer import bits_per_code
+from .fingerprints import fingerprint_rows
 from .loaders import BadImages
 from .pictures import BadImageError, ClassLabels, Prompts
 
+
+logger = logging.getLogger(__name__)
 
 _INDEX = "latents.json"
 
@@ -69,13 +73,14 @@ def encode_dataset(
         `dict[str, int]`: Shards `written` by this process and pictures it `skipped` because they were bad.
 
     Raises:
-        ValueError: if the folder holds codes of another model, of other crops, or of another number of rows.
+        ValueError: if the folder holds codes of another model, of other crops, or of other pictures or captions.
     """
     folder = Path(output_dir) / str(transform.resolution)
     index = _index(vae, transform.resolution) | {"rows": len(dataset), "rows_per_shard": rows_per_shard}
     index |= {"center_crop": transform.center_crop, "random_flip": transform.random_flip}
     index |= {"min_image_side": transform.min_image_side, "condition_column": condition_column}
     if accelerator.is_main_process:
+        index |= {"rows_sha256": fingerprint_rows(dataset)}
         folder.mkdir(parents=True, exist_ok=True)
         _write_index(folder / _INDEX, index)
     accelerator.wait_for_everyone()
@@ -153,7 +158,7 @@ def load_cached_codes(
     folder = Path(latents_dir) / str(resolution)
     if not (folder / _INDEX).is_file():
         raise FileNotFoundError(f"`--latents_dir` {latents_dir} has no codes at {resolution} px: {folder / _INDEX}.")
-    index = json.loads((folder / _INDEX).read_text())
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
     _check_index(_index(vae, resolution), index, folder)
     shards = sorted(map(str, folder.glob("train-*.parquet")))
     expected = math.ceil(index["rows"] / index["rows_per_shard"])
@@ -171,13 +176,18 @@ def _index(vae: PQModel, resolution: int) -> dict:
 
 def _write_index(path: Path, index: dict):
     if path.is_file():
-        _check_index(index, json.loads(path.read_text()), path.parent)
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(index, indent=2) + "\n")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if "rows_sha256" not in found:
+            logger.warning("%s does not say of which pictures its codes are; they are taken for these.", path)
+            found["rows_sha256"] = index["rows_sha256"]
+        _check_index(index, found, path.parent)
+    write_json(path, index)
 
 
 def _check_index(expected: dict, found: dict, folder: Path):
     unlike = [name for name, value in expected.items() if found.get(name) != value]
     if unlike:
         differences = ", ".join(f"{name} is {found.get(name)}, not {expected[name]}" for name in unlike)
+        if "rows_sha256" in unlike:
+            differences += " (pictures or captions were changed, or are another dataset's)"
         raise ValueError(f"{folder} holds other codes: {differences}. Choose another folder or remove this one.")

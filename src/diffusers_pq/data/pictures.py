@@ -54,7 +54,7 @@ def load_images(
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError("Give exactly one of `--dataset_name` and `--train_data_dir`.")
-    folder = _picture_folder(dataset_name, train_data_dir)
+    folder = picture_folder(dataset_name, train_data_dir)
     if folder is not None:
         dataset = folder.load(split, image_column, needs_metadata=bool(other_columns), cache_dir=cache_dir)
     else:
@@ -73,7 +73,8 @@ def load_images(
     return dataset.to_iterable_dataset() if folder is not None and streaming else dataset
 
 
-def _picture_folder(dataset_name: str | None, train_data_dir: str | None) -> PictureFolder | None:
+def picture_folder(dataset_name: str | None, train_data_dir: str | None) -> PictureFolder | None:
+    """The folder of pictures that two flags name, or `None` if it is another kind of dataset."""
     if train_data_dir is not None:
         return PictureFolder(train_data_dir)
     if not Path(dataset_name).is_dir():

@@ -19,7 +19,6 @@ from torchmetrics import MetricCollection
 from tqdm.auto import tqdm
 
 from ..autoencoders import downsampling_factor, weights_digest
-from ..data.pictures import load_images
 from ..files import write_json
 from ..images import load_image, save_image, to_tensor, to_uint8
 from ..measuring import describe_machine
@@ -134,7 +133,8 @@ def add_references(
     Raises:
         ValueError: if the folder holds statistics of other pictures or metrics, or the dataset lacks something.
     """
-    statistics = EvaluationProgress(Path(folder), 0, asdict(data) | {"metrics": sorted(metrics)})
+    settings = asdict(data) | {"metrics": sorted(metrics)} | data.fingerprint(streaming, cache_dir)
+    statistics = EvaluationProgress(Path(folder), 0, settings)
     is_there = statistics.path.is_file()
     accelerator.wait_for_everyone()  # before one process writes it
     if is_there:
@@ -215,8 +215,12 @@ def run_generation_evaluation(
     settings |= {"metrics": sorted(metrics), "vae_sha256": weights_digest(pipeline.vae)}
     settings |= {"denoiser_sha256": weights_digest(pipeline.denoiser), "scheduler": type(pipeline.scheduler).__name__}
     settings["configs_sha256"] = _digest([dict(pipeline.scheduler.config), dict(pipeline.vae.config)])
+    fingerprint = data.fingerprint(streaming, cache_dir, () if label_column is None else (label_column,))
+    settings |= fingerprint
     # Which samples these are; how many, and what they are compared with and by, may change.
-    may_change = {"num_samples", "metrics"} | ({"reference"} if label_column is None else set())
+    may_change = {"num_samples", "metrics"}
+    if label_column is None:
+        may_change |= {"reference", *fingerprint}
     drawn = {key: value for key, value in settings.items() if key not in may_change}
     _check_record(accelerator, folder / "sampling.json", drawn)
     if (folder / RESULTS_FILE).is_file():
@@ -250,12 +254,7 @@ def run_generation_evaluation(
 
 
 def _dataset_labels(data: EvaluationData, column: str, streaming: bool, cache_dir: str | None) -> list[int | str]:
-    source = data.dataset_name, data.data_dir, data.image_column, data.split, data.dataset_config_name
-    dataset = load_images(*source, cache_dir, streaming, other_columns=(column,))
-    if dataset is None:
-        raise ValueError(f"`--split` is {data.split!r}, but {data.name} has no such split.")
-    if data.max_samples is not None:
-        dataset = dataset.take(data.max_samples if streaming else min(data.max_samples, len(dataset)))
+    dataset = data.rows(streaming, cache_dir, other_columns=(column,))
     return [row[column] for row in dataset.select_columns([column])]
 
 

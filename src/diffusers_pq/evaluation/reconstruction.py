@@ -5,6 +5,7 @@ dataset, on many processes, resumable.
 
 import datetime
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +26,8 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from tqdm.auto import tqdm
 
 from ..autoencoders import weights_digest
-from ..data.pictures import decode_image, load_images
+from ..data.fingerprints import fingerprint_files, fingerprint_rows
+from ..data.pictures import decode_image, load_images, picture_folder
 from ..files import write_json, write_text
 from ..images import to_tensor, to_uint8
 from ..measuring import describe_machine
@@ -33,6 +35,8 @@ from ..metrics import METRICS, CodebookUsage, load_metrics
 from ..reconstruction import codebook_shape, reconstruct, stored_bits_per_pixel
 from .systems import SYSTEMS, load_for_evaluation
 
+
+logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 RESIZE_MODES = ("crop", "stretch")
@@ -101,6 +105,35 @@ class EvaluationData:
         """The dataset's name or folder without what precedes the last slash."""
         return Path(self.dataset_name or self.data_dir).name
 
+    def rows(
+        self, streaming: bool = False, cache_dir: str | None = None, other_columns: tuple[str, ...] = ()
+    ) -> datasets.Dataset | datasets.IterableDataset:
+        """
+        The rows of the pictures, see [`~diffusers_pq.data.pictures.load_images`].
+
+        Raises:
+            ValueError: if the split or a column does not exist.
+        """
+        source = self.dataset_name, self.data_dir, self.image_column, self.split, self.dataset_config_name
+        dataset = load_images(*source, cache_dir, streaming, other_columns)
+        if dataset is None:
+            raise ValueError(f"`--split` is {self.split!r}, but {self.name} has no such split.")
+        if self.max_samples is None:
+            return dataset
+        return dataset.take(self.max_samples if streaming else min(self.max_samples, len(dataset)))
+
+    def fingerprint(
+        self, streaming: bool = False, cache_dir: str | None = None, other_columns: tuple[str, ...] = ()
+    ) -> dict[str, str]:
+        """
+        What tells these pictures from others of the same name: `rows_sha256`, or `files_sha256` of a stream of shards,
+        as [`~diffusers_pq.data.fingerprints`] makes them.
+        """
+        if not streaming or picture_folder(self.dataset_name, self.data_dir) is not None:
+            return {"rows_sha256": fingerprint_rows(self.rows(False, cache_dir, other_columns))}
+        builder = datasets.load_dataset_builder(self.dataset_name, self.dataset_config_name, cache_dir=cache_dir)
+        return {"files_sha256": fingerprint_files((builder.config.data_files or {}).get(self.split, ()))}
+
     def loader(
         self,
         batch_size: int,
@@ -117,12 +150,7 @@ class EvaluationData:
         Raises:
             ValueError: if the split or the column does not exist; while loading, if a picture is damaged.
         """
-        source = self.dataset_name, self.data_dir, self.image_column, self.split
-        dataset = load_images(*source, self.dataset_config_name, cache_dir, streaming)
-        if dataset is None:
-            raise ValueError(f"`--split` is {self.split!r}, but {self.name} has no such split.")
-        if self.max_samples is not None:
-            dataset = dataset.take(self.max_samples if streaming else min(self.max_samples, len(dataset)))
+        dataset = self.rows(streaming, cache_dir)
         strategy = "auto"
         if streaming and self.max_samples is not None:
             # Otherwise the first pictures of each shard would be taken, and more shares mean other pictures.
@@ -135,6 +163,8 @@ class EvaluationData:
         )
 
 
+# Of settings: see `EvaluationData.fingerprint`.
+_FINGERPRINTS = {"rows_sha256", "files_sha256"}
 _DATA_DEFAULTS = {field.name: field.default for field in fields(EvaluationData)}
 
 
@@ -226,18 +256,26 @@ class EvaluationProgress:
 
 
 def check_settings(found: dict, wanted: dict, folder: Path):
-    """Raise a `ValueError` that names what differs between two evaluations' settings."""
+    """
+    Raise a `ValueError` that names what differs between two evaluations' settings. A fingerprint of the pictures is
+    compared if both have it.
+    """
     # Settings of the data that an earlier version did not know had their defaults.
     found = {key: value for key, value in _DATA_DEFAULTS.items() if key in wanted} | found
+    one_sided = _FINGERPRINTS & (found.keys() ^ wanted.keys())
+    if one_sided:
+        logger.warning("%s does not say which pictures it is of; they are taken for these.", folder)
+    found, wanted = ({key: settings[key] for key in settings.keys() - one_sided} for settings in (found, wanted))
     differences = [
         f"{key} {found.get(key)!r} there, {wanted.get(key)!r} now"
         for key in sorted(found.keys() | wanted.keys())
         if found.get(key) != wanted.get(key)
     ]
     if differences:
+        pictures = "of other pictures or " if _FINGERPRINTS & {text.split()[0] for text in differences} else ""
         raise ValueError(
-            f"{folder} holds an evaluation with other settings ({'; '.join(differences)}). Use the same, choose "
-            "another `--output_dir`, or remove the folder."
+            f"{folder} holds an evaluation {pictures}with other settings ({'; '.join(differences)}). Use the same, "
+            "choose another `--output_dir`, or remove the folder."
         )
 
 
@@ -340,6 +378,7 @@ def run_evaluation(
         loader = data.loader(batch_size, num_workers, streaming, cache_dir, **share)
     model.to(accelerator.device, torch.float32)
     settings = asdict(data) | {"metrics": sorted(collection), "weights_sha256": weights_digest(model)}
+    settings |= data.fingerprint(streaming, cache_dir)
     if (folder / RESULTS_FILE).is_file():
         result = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
         check_settings(result["settings"], settings, folder)
