@@ -12,6 +12,7 @@ and plots; samples stay in the runs' folders, so that a run that was stopped goe
 import argparse
 import copy
 import datetime
+import json
 import random
 import tempfile
 from pathlib import Path
@@ -29,11 +30,11 @@ from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.pictures import ClassLabels, ConditionedCrops, load_images
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.evaluation.reconstruction import EvaluationData
-from diffusers_pq.files import read_json, replacing, write_json
+from diffusers_pq.files import replacing, write_json
 from diffusers_pq.flags import named, trained_unlike
 from diffusers_pq.images import to_uint8
 from diffusers_pq.measuring import describe_machine
-from diffusers_pq.metrics import FID, PSNR, SSIM, PooledPSNR
+from diffusers_pq.metrics import FID, PSNR, SSIM
 from diffusers_pq.models.class_conditioning import predict
 from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions
 from diffusers_pq.training.noise import add_noise, predicted_latents
@@ -86,7 +87,7 @@ def parse_args(argv=None):
 
 def read_configs(runs):
     """How each run was trained; a `ValueError` if not as the others."""
-    configs = {label: read_json(folder / "training_config.json") for label, folder in runs.items()}
+    configs = {label: json.loads((folder / "training_config.json").read_text()) for label, folder in runs.items()}
     first, *others = configs
     for label in others:
         differing = trained_unlike(
@@ -138,7 +139,7 @@ def denoise(pipeline, latents, noise, labels, timesteps, batch_size):
 
 
 def compare(pipeline, latents, pictures, batch_size):
-    metrics = MetricCollection({"psnr": PSNR(), "psnr_pooled": PooledPSNR(), "ssim": SSIM()}, compute_groups=False)
+    metrics = MetricCollection({"psnr": PSNR(), "ssim": SSIM()}, compute_groups=False)
     for batch, originals in zip(latents.split(batch_size), pictures.split(batch_size)):
         metrics.update(images=to_uint8(decode_latents(pipeline.vae, batch)), references=to_uint8(originals))
     return {name: float(value) for name, value in metrics.compute().items()}

@@ -1,5 +1,6 @@
 """What a sweep found: the paper's findings checked (section 4), and its figures in the paper's form (3, 5 and 6)."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 
 from diffusers_pq.evaluation.reconstruction import RESULTS_FILE
-from diffusers_pq.files import read_json, replacing
+from diffusers_pq.files import replacing
 
 
 # column -> label of its axis, scale (Figures 3, 5 and 6)
@@ -56,7 +57,7 @@ def read_sweep(output_dir: str | os.PathLike, evaluation: str | None = None) -> 
     if len(names) != 1:
         found = f"those of {', '.join(names)}: choose one" if names else "none"
         raise ValueError(f"{output_dir} must hold the results of one evaluation, but holds {found}.")
-    results = [read_json(path) for path in paths]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     rows = [{key: one["latents"][name] for key, name in _LATENTS.items()} | one["scores"] for one in results]
     return pd.DataFrame(rows).sort_values(["d", "S", "K"], ignore_index=True), results
 
@@ -183,12 +184,10 @@ def _listed(values, spec: str, prefix: str = "") -> str:
 
 
 def report(results: pd.DataFrame, findings: list[Finding]) -> str:
-    """Markdown: the findings, and tables of PSNR, pooled PSNR and H_n with their change for twice the d."""
+    """Markdown: the findings, and tables of PSNR and H_n with their change for twice the d."""
     lines = ["| finding of the paper | seen here | by |", "|---|---|---|"]
     lines += [f"| {one.text} | {'yes' if one.seen else 'no'} | {one.numbers} |" for one in findings]
-    for column, spec in (("psnr", ".2f"), ("psnr_pooled", ".2f"), ("H_n", ".3f")):
-        if column not in results:  # evaluated before there was a pooled PSNR
-            continue
+    for column, spec in (("psnr", ".2f"), ("H_n", ".3f")):
         table = by_share(results, column)
         slopes = table.apply(slope_per_doubling, axis="columns")
         lines += ["", f"| {column} | {' | '.join(f'd = {d}' for d in table)} | for twice the d |"]

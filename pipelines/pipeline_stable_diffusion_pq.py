@@ -7,11 +7,20 @@ from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 from diffusers_pq.models.autoencoder_pq import PQModel
-from diffusers_pq.models.widening import widen_unet
-from diffusers_pq.pipelines.pq_mixin import ACCEPTED_SIZE, PQLatentsMixin, in_dtype, in_one_dtype
+from diffusers_pq.pipelines.pq_mixin import ACCEPTED_SIZE, PQLatentsMixin
 
 
-class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
+class StableDiffusionPQMixin(PQLatentsMixin):
+    """[`PQLatentsMixin`] of a pipeline of Stable Diffusion 1.x or 2.x."""
+
+    def _postprocess(self, images: torch.Tensor, output_type: str) -> dict:
+        images, nsfw = self.run_safety_checker(images, self._execution_device, images.dtype)
+        denormalize = [True] * len(images) if nsfw is None else [not flagged for flagged in nsfw]
+        images = self.image_processor.postprocess(images, output_type, do_denormalize=denormalize)
+        return {"images": images, "nsfw_content_detected": nsfw}
+
+
+class StableDiffusionPQPipeline(StableDiffusionPQMixin, StableDiffusionPipeline):
     r"""
     [`StableDiffusionPipeline`] whose `vae` is a [`PQModel`]: the UNet denoises d-channel latents that are normalised
     per channel, and the result is snapped to the codebooks before it is decoded.
@@ -40,13 +49,9 @@ class StableDiffusionPQPipeline(PQLatentsMixin, StableDiffusionPipeline):
             [`StableDiffusionPQPipeline`]: All parts in `dtype`, by default in float32. Adapt it before use.
 
         Raises:
-            ValueError: see [`widen_unet`].
+            ValueError: if it is no Stable Diffusion 1.x or 2.x; see also [`widen_unet`].
         """
-        source = StableDiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **in_one_dtype(kwargs))
-        components = {name: getattr(source, name) for name in source.components}
-        components["unet"] = widen_unet(source.unet, vae.config.latent_channels, init)
-        components["vae"] = in_dtype(vae, source.unet.dtype)
-        return cls(**components, requires_safety_checker=source.config.requires_safety_checker)
+        return cls._start_from(StableDiffusionPipeline, pretrained_model_name_or_path, vae, init, **kwargs)
 
     def check_inputs(self, prompt, height, width, *args, **kwargs):
         self._check_size(height, width)

@@ -6,12 +6,12 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_pq.pipelines.pq_mixin import PQLatentsMixin
+from diffusers_pq.pipelines.pipeline_stable_diffusion_pq import StableDiffusionPQMixin
+from diffusers_pq.pipelines.pq_image_mixins import PQImg2ImgMixin
 
 
-class StableDiffusionPQImg2ImgPipeline(PQLatentsMixin, StableDiffusionImg2ImgPipeline):
+class StableDiffusionPQImg2ImgPipeline(StableDiffusionPQMixin, PQImg2ImgMixin, StableDiffusionImg2ImgPipeline):
     r"""
     [`StableDiffusionImg2ImgPipeline`] whose `vae` is a [`PQModel`]; see [`StableDiffusionPQPipeline`].
 
@@ -19,30 +19,6 @@ class StableDiffusionPQImg2ImgPipeline(PQLatentsMixin, StableDiffusionImg2ImgPip
         TypeError: if the `vae` is no `PQModel`.
         ValueError: if the UNet's channels are not the autoencoder's latent channels; the message names both.
     """
-
-    def get_timesteps(self, num_inference_steps: int, strength: float, device) -> tuple[torch.Tensor, int]:
-        timesteps, steps = super().get_timesteps(num_inference_steps, strength, device)
-        if steps < 1:
-            raise ValueError(
-                f"`strength` {strength} leaves none of {num_inference_steps} `num_inference_steps`: raise either, to "
-                f"`strength` {1 / num_inference_steps:.2g} at least."
-            )
-        return timesteps, steps
-
-    def prepare_latents(
-        self, image, timestep, batch_size, num_images_per_prompt, dtype, device, generator=None
-    ) -> torch.Tensor:
-        count = batch_size * num_images_per_prompt
-        latents = self._encode_vae_image(image.to(device=device, dtype=dtype))
-        if count % len(latents):
-            raise ValueError(f"Cannot spread {len(latents)} images (`image`) over {count} pictures to generate.")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"`generator` has {len(generator)} entries for {count} pictures to generate.")
-        # The pictures of one prompt follow each other, so each given picture goes with those of its own prompt.
-        spread = num_images_per_prompt if batch_size % len(latents) == 0 else 1
-        latents = latents.repeat(count // spread // len(latents), 1, 1, 1).repeat_interleave(spread, dim=0)
-        noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=dtype)
-        return self.scheduler.add_noise(latents, noise, timestep)
 
     @torch.no_grad()
     def __call__(

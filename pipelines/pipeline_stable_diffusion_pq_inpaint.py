@@ -1,19 +1,18 @@
 """Inpainting with Stable Diffusion on product-quantised latents."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
-import PIL.Image
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
-from diffusers_pq.pipelines.pq_mixin import ACCEPTED_SIZE, PQLatentsMixin
+from diffusers_pq.pipelines.pipeline_stable_diffusion_pq import StableDiffusionPQMixin
+from diffusers_pq.pipelines.pq_image_mixins import PQInpaintMixin
+from diffusers_pq.pipelines.pq_mixin import ACCEPTED_SIZE
 
 
-class StableDiffusionPQInpaintPipeline(PQLatentsMixin, StableDiffusionInpaintPipeline):
+class StableDiffusionPQInpaintPipeline(StableDiffusionPQMixin, PQInpaintMixin, StableDiffusionInpaintPipeline):
     r"""
     [`StableDiffusionInpaintPipeline`] whose `vae` is a [`PQModel`]; see [`StableDiffusionPQPipeline`].
 
@@ -67,40 +66,6 @@ class StableDiffusionPQInpaintPipeline(PQLatentsMixin, StableDiffusionInpaintPip
         Returns:
             [`~pipelines.stable_diffusion.StableDiffusionPipelineOutput`] or a tuple of its two fields.
         """
-        height = height or self.unet.config.sample_size * self.vae_scale_factor
-        width = width or self.unet.config.sample_size * self.vae_scale_factor
-        crop, picture, mask = None, image, mask_image
-        if padding_mask_crop is not None:
-            # Cropped here and not by the parent, which would paste latents into the picture.
-            _check_crop_inputs(image, mask_image, output_type)
-            crop = self.mask_processor.get_crop_region(mask_image, width, height, pad=padding_mask_crop)
-            picture, mask = image.crop(crop), mask_image.crop(crop)
-        parent_call = partial(super().__call__, prompt, picture, mask, height=height, width=width, **kwargs)
-        with _as_text_to_image_unet(self.unet):
-            images, nsfw = self._generate(parent_call, guidance_scale, quantize_latents, output_type, False)
-        if crop is not None:
-            images = [self.image_processor.apply_overlay(mask_image, image, painted, crop) for painted in images]
-        if not return_dict:
-            return (images, nsfw)
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=nsfw)
-
-
-def _check_crop_inputs(image, mask_image, output_type: str):
-    for name, value in (("image", image), ("mask_image", mask_image)):
-        if not isinstance(value, PIL.Image.Image):
-            raise ValueError(
-                f"`padding_mask_crop` needs a PIL picture as `{name}`, but it is a {type(value).__name__}."
-            )
-    if output_type != "pil":
-        raise ValueError(f"`padding_mask_crop` needs `output_type='pil'`, but it is {output_type!r}.")
-
-
-@contextmanager
-def _as_text_to_image_unet(unet) -> Iterator[None]:
-    # The parent tells text-to-image UNets from inpainting ones by 4 and 9 input channels, and knows no others.
-    channels = unet.config.in_channels
-    unet.register_to_config(in_channels=4)
-    try:
-        yield
-    finally:
-        unet.register_to_config(in_channels=channels)
+        parent_call = partial(super().__call__, prompt, **kwargs)
+        inputs = image, mask_image, height, width, padding_mask_crop
+        return self._inpaint(parent_call, *inputs, guidance_scale, quantize_latents, output_type, return_dict)

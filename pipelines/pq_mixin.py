@@ -1,20 +1,21 @@
-"""What the Stable Diffusion pipelines on product-quantised latents share: encoding, decoding, checks, saving."""
+"""What pipelines of diffusers on product-quantised latents share: encoding, decoding, checks, saving."""
 
 import copy
+import inspect
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
-from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 
 import diffusers_pq
 from diffusers_pq.models.autoencoder_pq import PQModel
+from diffusers_pq.models.widening import ENDS, widen_denoiser
 
 
 _PIPELINE_CODE = """try:
@@ -111,52 +112,75 @@ def _own_components(config: dict) -> dict[str, str]:
 
 class PQLatentsMixin(ImportedByCodeMixin):
     """
-    Put before a Stable Diffusion pipeline of diffusers, makes it work on the normalised latents of a [`PQModel`].
+    Put before an image pipeline of diffusers, makes it work on the normalised latents of a [`PQModel`]. All that
+    depends on the family of pipelines stands in its attributes.
 
-    Args:
-        vae ([`PQModel`]): And the other components, see [`StableDiffusionPipeline`].
-        guidance_scale (`float`, *optional*, defaults to 7.5):
-            Default of `__call__`, saved with the pipeline: a model that was adapted to few pictures wants less than
-            Stable Diffusion.
+    A pipeline takes what its parent takes, and a `guidance_scale`: the default of `__call__` (else the parent's), saved
+    with the pipeline. A model that was adapted to few pictures wants less than its source.
 
     Raises:
         TypeError: if the `vae` is no `PQModel`.
-        ValueError: if the UNet's channels are not the autoencoder's latent channels; the message names both.
+        ValueError: if the denoiser's channels are not the autoencoder's latent channels; the message names both.
     """
 
-    def __init__(
-        self,
-        vae: PQModel,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        safety_checker: StableDiffusionSafetyChecker,
-        feature_extractor: CLIPImageProcessor,
-        image_encoder: CLIPVisionModelWithProjection = None,
-        requires_safety_checker: bool = True,
-        guidance_scale: float = 7.5,
-    ):
-        super().__init__(
-            vae,
-            text_encoder,
-            tokenizer,
-            unet,
-            scheduler,
-            safety_checker,
-            feature_extractor,
-            image_encoder,
-            requires_safety_checker,
-        )
-        self.register_to_config(guidance_scale=guidance_scale)
-        if vae is not None:
-            # By this number the processor tells latents, which pass through, from pictures.
-            self.image_processor.register_to_config(vae_latent_channels=vae.config.latent_channels)
+    # The component that denoises, and where its first and last layer are.
+    _denoiser_name = "unet"
+    _ends = ENDS["UNet2DConditionModel"]
+    # Stable Diffusion XL's UNets also take sizes.
+    _takes_sizes = False
+    # What makes a starting point of a plain pipeline.
+    _starting_point = "StableDiffusionPQPipeline.from_stable_diffusion"
+    # Without these there are no prompts but embedded ones.
+    _prompt_components = ("tokenizer", "text_encoder")
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, DiffusionPipeline) and "__init__" not in vars(cls):
+            cls.__init__ = _take_guidance_scale(super())
 
     def register_modules(self, **modules):
         # Every pipeline hands its components to this method when it is built.
-        _check_components(modules.get("vae"), modules.get("unet"))
+        self._check_components(modules.get("vae"), modules.get(self._denoiser_name))
         super().register_modules(**modules)
+
+    def _check_components(self, vae, denoiser):
+        # A component may be None (loaded later), or a list of class names while `from_pretrained` is at work.
+        if isinstance(vae, torch.nn.Module) and not isinstance(_original(vae), PQModel):
+            raise TypeError(
+                f"`vae` must be a PQModel, but is a {type(vae).__name__}. A plain pipeline becomes a starting point "
+                f"by `{self._starting_point}(..., vae=pq_model)`."
+            )
+        if not isinstance(vae, torch.nn.Module) or not isinstance(denoiser, torch.nn.Module):
+            return
+        name, channels = self._denoiser_name, vae.config.latent_channels
+        if (denoiser.config.get("addition_embed_type") == "text_time") != self._takes_sizes:
+            raise ValueError(
+                f"The `{name}` {'is no' if self._takes_sizes else 'is a'} UNet of Stable Diffusion XL: "
+                f"{type(self).__name__} takes {'only such' if self._takes_sizes else 'no such'} UNets."
+            )
+        if denoiser.config.in_channels != channels:
+            raise ValueError(
+                f"The `{name}` takes {denoiser.config.in_channels} latent channels, but the `vae` has {channels}. "
+                f"Widen it first: `diffusers_pq.widen_denoiser({name}, latent_channels={channels})`, then adapt it."
+            )
+
+    @classmethod
+    def _start_from(cls, source_class: type, path: str | os.PathLike, vae: PQModel, init: str, **kwargs):
+        """The pipeline at `path`, of diffusers' `source_class`, with a widened denoiser and another autoencoder."""
+        options = {name: value for name, value in kwargs.items() if name in _DOWNLOADING}
+        config = source_class.load_config(path, **options)
+        expected = {name for name in source_class._get_signature_keys(source_class)[0] if _is_text_encoder(name)}
+        if {name for name in config if _is_text_encoder(name)} != expected or config.get("requires_aesthetics_score"):
+            raise ValueError(
+                f"`{cls._starting_point}` starts from a {source_class.__name__} (and from no refiner), but {path} "
+                f"holds a {config['_class_name']}."
+            )
+        source = source_class.from_pretrained(path, **in_one_dtype(kwargs))
+        components = dict(source.components)
+        denoiser = components[cls._denoiser_name]
+        components[cls._denoiser_name] = widen_denoiser(denoiser, vae.config.latent_channels, init)
+        components["vae"] = in_dtype(vae, denoiser.dtype)
+        return cls(**components, **source.parameters)
 
     def _check_size(self, height: int, width: int):
         factor = self.vae_scale_factor
@@ -174,6 +198,29 @@ class PQLatentsMixin(ImportedByCodeMixin):
         """As `vae.disable_tiling()`."""
         self.vae.disable_tiling()
 
+    def enable_vae_slicing(self):
+        """As `vae.enable_slicing()`."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self):
+        """As `vae.disable_slicing()`."""
+        self.vae.disable_slicing()
+
+    def encode_prompt(self, prompt=None, *args, **kwargs):
+        """
+        As the parent's.
+
+        Raises:
+            ValueError: if there is a prompt to encode, but not all that it takes.
+        """
+        missing = [f"`{name}`" for name in self._prompt_components if getattr(self, name) is None]
+        if prompt is not None and missing:
+            raise ValueError(
+                f"A `prompt` needs {' and '.join(missing)}, which the pipeline lacks: load it with them, or pass "
+                "embedded prompts (`prompt_embeds`)."
+            )
+        return super().encode_prompt(prompt, *args, **kwargs)
+
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer):
         """
         As the parent's, which every prompt and negative prompt passes through.
@@ -182,34 +229,45 @@ class PQLatentsMixin(ImportedByCodeMixin):
             ValueError: if the tokenizer or the text encoder has no token for a part of a prompt.
         """
         prompt = super().maybe_convert_prompt(prompt, tokenizer)
+        is_first = tokenizer is self.tokenizer
         for text in [prompt] if isinstance(prompt, str) else prompt:
-            check_tokens(text, tokenizer, self.text_encoder)
+            check_tokens(text, tokenizer, self.text_encoder if is_first else self.text_encoder_2)
         return prompt
 
     @classmethod
+    def _is_outer_layer(cls, name: str) -> bool:
+        """Whether a weight of an adapter file is not of an adapter, but of the denoiser's first or last layer."""
+        outer = tuple(f"{cls._denoiser_name}.{layer}." for layer in (cls._ends.first, cls._ends.last))
+        return name.startswith(outer) and "lora" not in name
+
+    @classmethod
     def lora_state_dict(cls, *args, **kwargs):
-        state_dict, *others = super().lora_state_dict(*args, **kwargs)
-        return ({name: value for name, value in state_dict.items() if not _is_convolution(name)}, *others)
+        loaded = super().lora_state_dict(*args, **kwargs)
+        state_dict, *others = loaded if isinstance(loaded, tuple) else (loaded,)
+        layers = {name: value for name, value in state_dict.items() if not cls._is_outer_layer(name)}
+        return (layers, *others) if isinstance(loaded, tuple) else layers
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, **kwargs):
         """
-        As the parent's; an adapter trained by `train_pqsd.py --lora_rank` also holds the widened first and last
-        convolution, which replace those of the UNet, and stay when the adapter is unloaded.
+        As the parent's; an adapter trained by `train_pqsd.py --lora_rank` also holds the widened first and last layer,
+        which replace those of the denoiser, and stay when the adapter is unloaded.
 
         Raises:
-            ValueError: if these convolutions are for another number of latent channels.
+            ValueError: if these layers are for another number of latent channels.
         """
         loading = {name: value for name, value in kwargs.items() if name not in ("hotswap", "low_cpu_mem_usage")}
-        state_dict = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **loading)[0]
-        convolutions = {name.removeprefix("unet."): v for name, v in state_dict.items() if _is_convolution(name)}
-        channels = self.unet.config.in_channels
-        if convolutions and convolutions["conv_in.weight"].shape[1] != channels:
+        loaded = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **loading)
+        state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
+        prefix, denoiser = f"{self._denoiser_name}.", getattr(self, self._denoiser_name)
+        outer = {name.removeprefix(prefix): v for name, v in state_dict.items() if self._is_outer_layer(name)}
+        first, channels = f"{self._ends.first}.weight", denoiser.config.in_channels
+        if outer and outer[first].shape[1] != channels:
             raise ValueError(
-                f"The adapter is for {convolutions['conv_in.weight'].shape[1]} latent channels, but the UNet has "
+                f"The adapter is for {outer[first].shape[1]} latent channels, but the `{self._denoiser_name}` has "
                 f"{channels}: load the pipeline with the `vae` that lies beside the adapter."
             )
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
-        self.unet.load_state_dict(convolutions, strict=False)
+        denoiser.load_state_dict(outer, strict=False)
 
     def _encode_vae_image(self, image: torch.Tensor, generator=None) -> torch.Tensor:
         """
@@ -220,15 +278,23 @@ class PQLatentsMixin(ImportedByCodeMixin):
         """
         if image.shape[1] == self.vae.config.latent_channels:
             return image
-        latents = self.vae.encode(image).latents
-        return self.vae.scale_latents(self.vae.quantize(latents).latents)
+        with _upcast(self.vae):
+            latents = self.vae.encode(image.to(self.vae.dtype)).latents
+            return self.vae.scale_latents(self.vae.quantize(latents).latents).to(image.dtype)
 
-    def _decode_latents(self, latents: torch.Tensor, quantize_latents: bool, output_type: str):
-        latents = self.vae.unscale_latents(latents)
-        images = self.vae.decode(latents, quantize=quantize_latents, return_dict=False)[0]
-        images, nsfw = self.run_safety_checker(images, self._execution_device, images.dtype)
-        denormalize = [True] * len(images) if nsfw is None else [not flagged for flagged in nsfw]
-        return self.image_processor.postprocess(images, output_type, do_denormalize=denormalize), nsfw
+    def _decode_latents(self, latents: torch.Tensor, quantize_latents: bool) -> torch.Tensor:
+        """Pictures `(B, 3, H, W)` in [-1, 1] of what [`~PQLatentsMixin._denoise`] gives."""
+        with _upcast(self.vae):
+            latents = self.vae.unscale_latents(latents.to(self.vae.dtype))
+            return self.vae.decode(latents, quantize=quantize_latents, return_dict=False)[0]
+
+    def _denoise(self, parent_call: Callable, guidance_scale: float) -> BaseOutput:
+        # The parent would divide by `scaling_factor` only and could not switch the snapping off: it makes latents.
+        return parent_call(guidance_scale=guidance_scale, output_type="latent", return_dict=True)
+
+    def _postprocess(self, images: torch.Tensor, output_type: str) -> dict:
+        """The fields of the parent's output, of decoded pictures."""
+        return {"images": self.image_processor.postprocess(images, output_type)}
 
     def _generate(
         self,
@@ -237,21 +303,59 @@ class PQLatentsMixin(ImportedByCodeMixin):
         quantize_latents: bool,
         output_type: str,
         return_dict: bool,
-    ) -> StableDiffusionPipelineOutput | tuple:
+    ) -> BaseOutput | tuple:
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale
-        # The parent would divide by `scaling_factor` only and could not switch the snapping off: it makes latents.
-        images, nsfw = parent_call(guidance_scale=guidance_scale, output_type="latent", return_dict=False)
+        output = self._denoise(parent_call, guidance_scale)
         if output_type != "latent":
-            images, nsfw = self._decode_latents(images, quantize_latents, output_type)
-            self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, nsfw)
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=nsfw)
+            images = self._decode_latents(output.images, quantize_latents)
+            output = type(output)(**self._postprocess(images, output_type))
+        self.maybe_free_model_hooks()
+        return output if return_dict else tuple(vars(output).values())
 
 
-def _is_convolution(name: str) -> bool:
-    return name.startswith(("unet.conv_in.", "unet.conv_out.")) and "lora" not in name
+# Options of `from_pretrained` that say where files come from.
+_DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+def _is_text_encoder(name: str) -> bool:
+    return name.startswith("text_encoder")
+
+
+def _take_guidance_scale(parent: type) -> Callable:
+    """
+    An `__init__` with the parent's signature, from which diffusers reads what components and settings a pipeline has,
+    but with a [`PQModel`] as its `vae` and a default `guidance_scale`.
+    """
+    parameters = dict(inspect.signature(parent.__init__).parameters)
+    default = inspect.signature(parent.__call__).parameters["guidance_scale"].default
+    scale = inspect.Parameter("guidance_scale", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=float)
+    parameters |= {"vae": parameters["vae"].replace(annotation=PQModel), "guidance_scale": scale}
+
+    def __init__(self, *args, guidance_scale: float = default, **kwargs):
+        parent.__init__(self, *args, **kwargs)
+        self.register_to_config(guidance_scale=guidance_scale)
+        if self.vae is not None:
+            # By this number the processor tells latents, which pass through, from pictures.
+            self.image_processor.register_to_config(vae_latent_channels=self.vae.config.latent_channels)
+
+    __init__.__signature__ = inspect.Signature(list(parameters.values()))
+    annotations = {name: value.annotation for name, value in parameters.items()}
+    __init__.__annotations__ = {name: value for name, value in annotations.items() if value is not inspect._empty}
+    return __init__
+
+
+@contextmanager
+def _upcast(vae: PQModel) -> Iterator[None]:
+    """An autoencoder that overflows in float16 (`force_upcast`) is in float32 for as long."""
+    needs_upcasting = vae.dtype == torch.float16 and vae.config.force_upcast
+    if needs_upcasting:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if needs_upcasting:
+            vae.to(torch.float16)
 
 
 def check_tokens(prompt: str, tokenizer, text_encoder):
@@ -269,23 +373,6 @@ def check_tokens(prompt: str, tokenizer, text_encoder):
             f"The text encoder has {known} tokens and none for {tokenizer.convert_ids_to_tokens(missing)} of `prompt` "
             f"{prompt!r}: load the tokenizer that belongs to it, or "
             f"`text_encoder.resize_token_embeddings(len(tokenizer))`."
-        )
-
-
-def _check_components(vae, unet):
-    # A component may be None (loaded later), or a list of class names while `from_pretrained` is at work.
-    if isinstance(vae, torch.nn.Module) and not isinstance(_original(vae), PQModel):
-        raise TypeError(
-            f"`vae` must be a PQModel, but is a {type(vae).__name__}. A plain Stable Diffusion becomes a starting "
-            "point by `StableDiffusionPQPipeline.from_stable_diffusion(..., vae=pq_model)`."
-        )
-    if not isinstance(vae, torch.nn.Module) or not isinstance(unet, torch.nn.Module):
-        return
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise ValueError(
-            f"The `unet` takes {unet.config.in_channels} latent channels, but the `vae` has "
-            f"{vae.config.latent_channels}. Widen the UNet first: `diffusers_pq.widen_unet(unet, "
-            f"latent_channels={vae.config.latent_channels})`, then adapt it."
         )
 
 

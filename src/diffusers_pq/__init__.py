@@ -26,6 +26,9 @@ _PUBLIC = {
     "StableDiffusionPQPipeline": ".pipelines.pipeline_stable_diffusion_pq",
     "StableDiffusionPQImg2ImgPipeline": ".pipelines.pipeline_stable_diffusion_pq_img2img",
     "StableDiffusionPQInpaintPipeline": ".pipelines.pipeline_stable_diffusion_pq_inpaint",
+    "StableDiffusionXLPQPipeline": ".pipelines.pipeline_stable_diffusion_xl_pq",
+    "StableDiffusionXLPQImg2ImgPipeline": ".pipelines.pipeline_stable_diffusion_xl_pq_img2img",
+    "StableDiffusionXLPQInpaintPipeline": ".pipelines.pipeline_stable_diffusion_xl_pq_inpaint",
     "LatentDiffusionPQPipeline": ".pipelines.pipeline_latent_diffusion_pq",
     "MaskedPQPipeline": ".pipelines.pipeline_masked_pq",
     # diffusers finds out how to load a component of a third-party library by asking that library for these two.

@@ -125,15 +125,13 @@ def _widen_unet(args):
     import torch
     from diffusers import AutoModel
 
-    from .files import folder_or_hub
     from .models.widening import widen_denoiser
 
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists already: choose another folder or remove it.")
     options = {"subfolder": args.subfolder, "torch_dtype": getattr(torch, args.dtype), "use_safetensors": True}
     try:
-        with folder_or_hub(args.denoiser):
-            denoiser = AutoModel.from_pretrained(args.denoiser, **options)
+        denoiser = AutoModel.from_pretrained(args.denoiser, **options)
     except OSError as error:
         if args.subfolder is not None or not Path(args.denoiser, "model_index.json").is_file():
             raise

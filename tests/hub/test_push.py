@@ -14,11 +14,14 @@ from conftest import tiny_config, tiny_unet
 from diffusers import DDIMScheduler
 from hub_stand_in import Hub
 from safetensors.torch import load_file, save_file
+from tiny_pipelines import stable_diffusion, stable_diffusion_xl
 
+import diffusers_pq
 from diffusers_pq import PQModel, StableDiffusionPQPipeline
 from diffusers_pq.cli import main
 
 
+FAMILIES = {"StableDiffusionPQPipeline": stable_diffusion, "StableDiffusionXLPQPipeline": stable_diffusion_xl}
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 TRAIN_PQGAN = Path(__file__).parents[2] / "training_scripts" / "train_pqgan.py"
 CARD = "---\nlicense: apache-2.0\nlibrary_name: diffusers\n---\n\n# A tiny one\n"
@@ -158,6 +161,33 @@ print(json.dumps(report))
     assert "Pass `trust_remote_code=True`" in report.pop("untrusted")
     assert "ImportError: StableDiffusionPQPipeline needs the Python package `diffusers_pq`" in report.pop("missing")
     assert report == {"class": True, "custom": ["StableDiffusionPQImg2ImgPipeline", True], "explicit": True}
+
+
+def test_a_pipeline_of_any_family_paints_the_same_after_a_push(client, root):
+    for name, components in FAMILIES.items():
+        pipeline = getattr(diffusers_pq, name)(**components(PQModel(**tiny_config()).eval(), 8))
+        pipeline.save_pretrained(root / name)
+    code = f"""
+import diffusers_pq
+from diffusers import DiffusionPipeline
+
+def paint(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    options = {{"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}}
+    return pipeline("a red bus", **options).images
+
+def check(name):
+    pipeline_class = getattr(diffusers_pq, name)
+    local = pipeline_class.from_pretrained(f"{{root}}/{{name}}")
+    local.push_to_hub(f"org/{{name}}")
+    own = pipeline_class.from_pretrained(f"org/{{name}}")
+    generic = DiffusionPipeline.from_pretrained(f"org/{{name}}", trust_remote_code=True)
+    same = [torch.allclose(paint(local), paint(pipeline), atol=1e-5) for pipeline in (own, generic)]
+    return all(same) and isinstance(generic, pipeline_class)
+
+print(json.dumps([check(name) for name in {list(FAMILIES)}]))
+"""
+    assert client(code, token="hf_owner") == [True] * len(FAMILIES)
 
 
 def test_private_missing_and_forbidden_repositories_give_errors_that_say_so(client, pushed):

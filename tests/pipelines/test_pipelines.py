@@ -11,53 +11,63 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import CpuOffload
 from conftest import tiny_config, tiny_unet
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tiny_pipelines import stable_diffusion, stable_diffusion_xl
+from transformers import CLIPTokenizer
 
 from diffusers_pq import (
     PQModel,
     StableDiffusionPQImg2ImgPipeline,
     StableDiffusionPQInpaintPipeline,
     StableDiffusionPQPipeline,
+    StableDiffusionXLPQImg2ImgPipeline,
+    StableDiffusionXLPQInpaintPipeline,
+    StableDiffusionXLPQPipeline,
 )
-from diffusers_pq.training.stable_diffusion import train_clip_tokenizer
 
 
-PIPELINES = (StableDiffusionPQPipeline, StableDiffusionPQImg2ImgPipeline, StableDiffusionPQInpaintPipeline)
+# Text-to-image, image-to-image, inpainting; what makes their components.
+FAMILIES = {
+    (StableDiffusionPQPipeline, StableDiffusionPQImg2ImgPipeline, StableDiffusionPQInpaintPipeline): stable_diffusion,
+    (
+        StableDiffusionXLPQPipeline,
+        StableDiffusionXLPQImg2ImgPipeline,
+        StableDiffusionXLPQInpaintPipeline,
+    ): stable_diffusion_xl,
+}
+PIPELINES = [(pipeline_class, family) for family in FAMILIES for pipeline_class in family]
 SCHEDULERS = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+
+
+def vae():
+    return PQModel(**tiny_config(latents_mean=[0.1] * 8, latents_std=[0.5] * 8)).eval()
 
 
 @pytest.fixture(scope="module")
 def components():
+    return stable_diffusion(vae(), 8)
+
+
+@pytest.fixture(params=PIPELINES, ids=lambda param: param[0].__name__)
+def family(request):
+    """A pipeline class, and those it shares components with."""
+    return request.param
+
+
+@pytest.fixture
+def pipeline(family):
+    pipeline_class, siblings = family
     torch.manual_seed(0)
-    tokenizer = train_clip_tokenizer(["a red ladybug on a leaf", "a big blue bus"] * 3, 600, 12)
-    text_config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            **text_config,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=12,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    return {
-        "vae": PQModel(**tiny_config(latents_mean=[0.1] * 8, latents_std=[0.5] * 8)).eval(),
-        "text_encoder": text_encoder.eval(),
-        "tokenizer": tokenizer,
-        "unet": tiny_unet(8).eval(),
-        "scheduler": DDPMScheduler(clip_sample=False, beta_schedule="scaled_linear", steps_offset=1),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "image_encoder": None,
-    }
+    return quiet(pipeline_class(**FAMILIES[siblings](vae(), 8)))
 
 
-@pytest.fixture(params=PIPELINES, ids=lambda pipeline_class: pipeline_class.__name__)
-def pipeline(request, components):
-    return quiet(request.param(**components, requires_safety_checker=False))
+def denoiser(pipeline):
+    return getattr(pipeline, "transformer", None) or pipeline.unet
 
 
 @pytest.fixture
@@ -69,7 +79,7 @@ def text_to_image(components):
         "text_encoder": copy.deepcopy(components["text_encoder"]),
         "tokenizer": copy.deepcopy(components["tokenizer"]),
     }
-    return quiet(StableDiffusionPQPipeline(**components | own, requires_safety_checker=False))
+    return quiet(StableDiffusionPQPipeline(**components | own))
 
 
 def quiet(pipeline):
@@ -83,10 +93,11 @@ def paint(pipeline, prompt="a red ladybug", **kwargs):
     taken = inspect.signature(type(pipeline).__call__).parameters
     if "image" in taken:
         pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        inputs["strength"] = 0.8
         inputs["image"] = PIL.Image.fromarray(pixels)
     if "mask_image" in taken:
         inputs["mask_image"] = PIL.Image.new("L", (32, 32), 255)
-    return pipeline(prompt, **inputs | kwargs).images
+    return pipeline(prompt=prompt, **inputs | kwargs).images
 
 
 def test_the_prompt_and_the_guidance_matter_and_a_seed_repeats(pipeline):
@@ -100,15 +111,15 @@ def test_the_prompt_and_the_guidance_matter_and_a_seed_repeats(pipeline):
     assert np.abs(ladybug - paint(pipeline, negative_prompt="blue", **quantised)).max() > 1e-4
 
 
-def test_the_default_guidance_is_saved_with_the_pipeline(pipeline, tmp_path):
+def test_the_default_guidance_is_saved_with_the_pipeline(pipeline, family, tmp_path):
     pipeline.register_to_config(guidance_scale=2.5)
     pipeline.save_pretrained(tmp_path)
     loaded = quiet(type(pipeline).from_pretrained(tmp_path))
-    other = quiet(PIPELINES[0].from_pipe(loaded))
+    other = quiet(family[1][0].from_pipe(loaded))
     pipeline.register_to_config(guidance_scale=7.5)
     assert loaded.config.guidance_scale == other.config.guidance_scale == 2.5
     options = {"quantize_latents": False}
-    assert np.array_equal(paint(loaded, **options), paint(pipeline, guidance_scale=2.5, **options))
+    assert np.abs(paint(loaded, **options) - paint(pipeline, guidance_scale=2.5, **options)).max() < 1e-5
     assert np.abs(paint(loaded, **options) - paint(pipeline, **options)).max() > 1e-4
 
 
@@ -126,12 +137,51 @@ def test_a_picture_of_a_batch_is_the_picture_alone(pipeline):
     assert len(paint(pipeline, num_images_per_prompt=2, **kwargs)) == 2
 
 
+def test_an_adapter_brings_the_outer_layers_along(pipeline, tmp_path):
+    name, ends = pipeline._denoiser_name, pipeline._ends
+    plain = paint(pipeline, quantize_latents=False)
+    adapted = copy.deepcopy(denoiser(pipeline))
+    adapted.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(adapted))
+    outer = (f"{ends.first}.", f"{ends.last}.")
+    layers |= {key: value + 0.1 for key, value in adapted.state_dict().items() if key.startswith(outer)}
+    pipeline.save_lora_weights(tmp_path, **{f"{name}_lora_layers": layers})
+    pipeline.load_lora_weights(tmp_path)
+    first = denoiser(pipeline).get_submodule(ends.first)
+    assert torch.equal(first.weight, layers[f"{ends.first}.weight"])
+    with_layers = paint(pipeline, quantize_latents=False)
+    pipeline.unload_lora_weights()
+    without_layers = paint(pipeline, quantize_latents=False)
+    assert np.abs(with_layers - plain).max() > 1e-4 and np.abs(with_layers - without_layers).max() > 1e-5
+    few = {key: value[:, :4].contiguous() if value.ndim == 4 else value for key, value in layers.items()}
+    pipeline.save_lora_weights(tmp_path, **{f"{name}_lora_layers": few})
+    with pytest.raises(ValueError, match=f"for 4 latent channels, but the `{name}` has 8"):
+        pipeline.load_lora_weights(tmp_path)
+
+
+def test_a_prompt_without_its_text_encoder_is_refused(pipeline):
+    missing = pipeline._prompt_components[-1]
+    setattr(pipeline, missing, None)
+    with pytest.raises(ValueError, match=f"A `prompt` needs `{missing}`, which the pipeline lacks"):
+        paint(pipeline)
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_runs_in_float32(pipeline, monkeypatch):
+    pipeline.vae.register_to_config(force_upcast=True)
+    pipeline.vae.to(torch.float16)
+    seen = []
+    decode = pipeline.vae.decode
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z, **kwargs: seen.append(z.dtype) or decode(z, **kwargs))
+    assert np.isfinite(paint(pipeline)).all()
+    assert seen == [torch.float32] and pipeline.vae.dtype == torch.float16
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_of_diffusers_paints(name, components):
     if name == "DPMSolverSDEScheduler":
         pytest.importorskip("torchsde")
     scheduler = getattr(diffusers, name).from_config(components["scheduler"].config)
-    pipeline = quiet(StableDiffusionPQPipeline(**components | {"scheduler": scheduler}, requires_safety_checker=False))
+    pipeline = quiet(StableDiffusionPQPipeline(**components | {"scheduler": scheduler}))
     assert np.isfinite(paint(pipeline, num_inference_steps=6)).all()
 
 
@@ -141,7 +191,7 @@ def test_a_saved_pipeline_paints_the_same_and_half_as_large_in_bfloat16(pipeline
     loaded = quiet(type(pipeline).from_pretrained(tmp_path))
     assert np.abs(paint(loaded) - before).max() < 1e-4
     half = quiet(type(pipeline).from_pretrained(tmp_path, dtype=torch.bfloat16))
-    assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
+    assert {denoiser(half).dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
     assert half.vae.quantizer.codebooks.dtype == torch.float32, "distances are exact whatever the dtype"
     assert np.isfinite(paint(half)).all()
 
@@ -149,28 +199,27 @@ def test_a_saved_pipeline_paints_the_same_and_half_as_large_in_bfloat16(pipeline
 def test_a_pipeline_stored_in_half_precision_loads_in_float32_as_a_whole(pipeline, tmp_path):
     copy.deepcopy(pipeline).to(torch.float16).save_pretrained(tmp_path)
     loaded = quiet(type(pipeline).from_pretrained(tmp_path))
-    assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.float32}
+    assert {denoiser(loaded).dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.float32}
     assert np.isfinite(paint(loaded)).all()
-    mixed = type(pipeline).from_pretrained(tmp_path, dtype={"unet": torch.float16, "default": torch.bfloat16})
-    assert (mixed.unet.dtype, mixed.text_encoder.dtype) == (torch.float16, torch.bfloat16)
+    mixed = type(pipeline).from_pretrained(tmp_path, dtype={"text_encoder": torch.float16, "default": torch.bfloat16})
+    assert (mixed.text_encoder.dtype, denoiser(mixed).dtype) == (torch.float16, torch.bfloat16)
 
 
-def test_from_pipe_shares_the_parts_in_the_dtype_they_have(pipeline):
-    pipeline = copy.deepcopy(pipeline)
-    pipeline.unet.to(torch.bfloat16)
-    other = PIPELINES[1].from_pipe(pipeline)
-    assert other.unet is pipeline.unet and other.vae is pipeline.vae
-    assert (other.unet.dtype, other.vae.dtype) == (torch.bfloat16, torch.float32)
+def test_from_pipe_shares_the_parts_in_the_dtype_they_have(pipeline, family):
+    denoiser(pipeline).to(torch.bfloat16)
+    other = family[1][1].from_pipe(pipeline)
+    assert denoiser(other) is denoiser(pipeline) and other.vae is pipeline.vae
+    assert (denoiser(other).dtype, other.vae.dtype) == (torch.bfloat16, torch.float32)
     codebooks = pipeline.vae.quantizer.codebooks.detach().clone()
-    half = PIPELINES[1].from_pipe(pipeline, dtype=torch.bfloat16)
-    assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
+    half = family[1][1].from_pipe(pipeline, dtype=torch.bfloat16)
+    assert {denoiser(half).dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
     assert torch.equal(half.vae.quantizer.codebooks, codebooks)
-    assert half.unet is pipeline.unet and half.vae is not pipeline.vae
-    assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch.bfloat16, torch.float32), "it stays as it was"
+    assert denoiser(half) is denoiser(pipeline) and half.vae is not pipeline.vae
+    assert (denoiser(pipeline).dtype, pipeline.vae.dtype) == (torch.bfloat16, torch.float32), "it stays as it was"
 
 
 def test_model_offloading_changes_nothing_and_covers_the_decoding(components, tmp_path, monkeypatch):
-    pipeline = quiet(StableDiffusionPQPipeline(**components, requires_safety_checker=False))
+    pipeline = quiet(StableDiffusionPQPipeline(**components))
     before = paint(pipeline)
     pipeline.save_pretrained(tmp_path)
     loaded = quiet(StableDiffusionPQPipeline.from_pretrained(tmp_path))
@@ -200,24 +249,25 @@ def test_sequential_offloading_of_the_autoencoder_changes_nothing(components, im
 
 
 def test_tiling_and_slicing_reach_the_autoencoder(pipeline):
-    whole = paint(pipeline, height=128, width=128) if isinstance(pipeline, StableDiffusionPQPipeline) else None
+    is_text_to_image = "image" not in inspect.signature(type(pipeline).__call__).parameters
+    whole = paint(pipeline, height=128, width=128) if is_text_to_image else None
     pipeline.enable_vae_tiling()
-    pipeline.vae.enable_slicing()
+    pipeline.enable_vae_slicing()
     try:
-        assert pipeline.vae.use_tiling and np.isfinite(paint(pipeline)).all()
+        assert pipeline.vae.use_tiling and pipeline.vae.use_slicing and np.isfinite(paint(pipeline)).all()
         if whole is not None:
             tiled = paint(pipeline, height=128, width=128)
             assert tiled.shape == whole.shape and np.abs(tiled - whole).max() > 1e-4
     finally:
         pipeline.disable_vae_tiling()
-        pipeline.vae.disable_slicing()
-    assert not pipeline.vae.use_tiling
+        pipeline.disable_vae_slicing()
+    assert not (pipeline.vae.use_tiling or pipeline.vae.use_slicing)
 
 
-def test_pipelines_share_their_components(pipeline):
-    for other in PIPELINES:
+def test_pipelines_share_their_components(pipeline, family):
+    for other in family[1]:
         converted = quiet(other.from_pipe(pipeline))
-        assert converted.unet is pipeline.unet and converted.vae is pipeline.vae
+        assert denoiser(converted) is denoiser(pipeline) and converted.vae is pipeline.vae
         assert paint(converted).shape == (1, 32, 32, 3)
 
 
@@ -258,8 +308,8 @@ def test_an_ip_adapter_steers_the_picture(text_to_image):
 
 def test_the_stock_pipeline_takes_a_pq_model_with_a_scaling_factor(components):
     vae = PQModel(**tiny_config(scaling_factor=0.5)).eval()
-    stock = StableDiffusionPipeline(**components | {"vae": vae}, requires_safety_checker=False)
-    ours = StableDiffusionPQPipeline(**components | {"vae": vae}, requires_safety_checker=False)
+    stock = StableDiffusionPipeline(**components | {"vae": vae})
+    ours = StableDiffusionPQPipeline(**components | {"vae": vae})
     assert np.abs(paint(quiet(stock)) - paint(quiet(ours))).max() < 1e-4
 
 
@@ -280,7 +330,7 @@ def test_prompts_without_tokens_are_refused(text_to_image):
 
 def test_a_folder_without_pq_parts_is_refused(components, tmp_path):
     kl = diffusers.AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=8)
-    StableDiffusionPipeline(**components | {"vae": kl}, requires_safety_checker=False).save_pretrained(tmp_path)
+    StableDiffusionPipeline(**components | {"vae": kl}).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="`vae` must be a PQModel, but is a AutoencoderKL"):
         StableDiffusionPQPipeline.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="model_index.json"):
@@ -288,6 +338,6 @@ def test_a_folder_without_pq_parts_is_refused(components, tmp_path):
 
 
 def test_diffusion_pipeline_loads_a_saved_pipeline(components, tmp_path):
-    StableDiffusionPQPipeline(**components, requires_safety_checker=False).save_pretrained(tmp_path)
+    StableDiffusionPQPipeline(**components).save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(loaded) is StableDiffusionPQPipeline

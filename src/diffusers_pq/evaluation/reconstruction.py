@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..autoencoders import weights_digest
 from ..data.fingerprints import fingerprint_files, fingerprint_rows
 from ..data.pictures import decode_image, load_images, picture_folder
-from ..files import read_json, write_json, write_text
+from ..files import write_json, write_text
 from ..images import to_tensor, to_uint8
 from ..measuring import describe_machine
 from ..metrics import METRICS, CodebookUsage, load_metrics
@@ -44,7 +44,6 @@ RESIZE_MODES = ("crop", "stretch")
 # key of a result -> column of the table, format
 _SCORE_COLUMNS = {
     "psnr": ("PSNR (dB)", ".2f"),
-    "psnr_pooled": ("PSNR, pooled (dB)", ".2f"),
     "ssim": ("SSIM", ".4f"),
     "rfid": ("rFID", ".4g"),
     "cmmd": ("CMMD", ".4g"),
@@ -60,8 +59,6 @@ _LATENT_COLUMNS = {
     "codebook_size": ("K", "d"),
     "bits_per_pixel": ("bits per pixel", ".4g"),
 }
-# Names of the paper's scores -> of what they are to be compared with.
-_AS_IN_THE_PAPER = {"psnr": "psnr_pooled"}
 # The metric types that the Hub knows.
 _HUB_METRICS = {"rfid": "fid", "lpips_alex": "lpips", "lpips_vgg": "lpips"}
 
@@ -313,8 +310,7 @@ def evaluate_autoencoder(
     for images in _show_progress(accelerator, loader, batches):
         images = images.to(accelerator.device)
         output = reconstruct(model, images)
-        stored = {"images": to_uint8(output.sample), "references": to_uint8(images)}
-        metrics.update(**stored, samples=output.sample, originals=images, codes=output.codes)
+        metrics.update(images=to_uint8(output.sample), references=to_uint8(images), codes=output.codes)
         batches, pictures = batches + 1, pictures + len(images)
         if progress is not None and batches % checkpointing_steps == 0:
             progress.save(metrics, batches, pictures)
@@ -384,7 +380,7 @@ def run_evaluation(
     settings = asdict(data) | {"metrics": sorted(collection), "weights_sha256": weights_digest(model)}
     settings |= data.fingerprint(streaming, cache_dir)
     if (folder / RESULTS_FILE).is_file():
-        result = read_json(folder / RESULTS_FILE)
+        result = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
         check_settings(result["settings"], settings, folder)
         return result
 
@@ -455,7 +451,7 @@ def model_index(result: dict) -> str:
 def read_results(output_dir: str | os.PathLike) -> list[dict]:
     """The results of all evaluations in a folder, in the order of their names."""
     paths = sorted(Path(output_dir).glob(f"*/*/{RESULTS_FILE}"))
-    return [read_json(path) for path in paths]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def write_table(output_dir: str | os.PathLike) -> str:
@@ -497,7 +493,7 @@ def _rows(result: dict) -> Iterable[tuple[str, dict]]:
     yield result["name"], result["latents"] | result["scores"] | dict.fromkeys(result["unavailable"])
     if result["name"] in SYSTEMS:
         dataset, scores = SYSTEMS[result["name"]].paper_scores(_data(result).name)
-        yield f"*the paper's, {dataset}*", {_AS_IN_THE_PAPER.get(name, name): score for name, score in scores.items()}
+        yield f"*the paper's, {dataset}*", scores
 
 
 def _cell(row: dict, name: str, spec: str) -> str:
