@@ -24,11 +24,12 @@ from diffusers_pq.files import replacing, write_json
 from diffusers_pq.flags import named
 from diffusers_pq.images import load_image
 from diffusers_pq.measuring import describe_machine
+from diffusers_pq.metrics import pooled_psnr
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import codebook_usage, reconstruct_picture
 
 
-COLUMNS = ("psnr", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")
+COLUMNS = ("psnr", "psnr_pooled", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")
 
 
 def parse_args(argv=None):
@@ -58,10 +59,12 @@ def parse_args(argv=None):
 
 
 def summarise(model, results):
-    """Means over the pictures; codebook use over all pictures together; median seconds."""
+    """Means over the pictures; of all together: pooled PSNR and codebook use; median seconds."""
     row = {
         name: statistics.mean(r.scores[name] for r in results.values()) for name in ("psnr", "ssim", "bits_per_pixel")
     }
+    pixels = [r.picture.width * r.picture.height for r in results.values()]
+    row["psnr_pooled"] = pooled_psnr([r.scores["psnr"] for r in results.values()], pixels)
     row["seconds"] = statistics.median(r.scores["seconds"] for r in results.values())
     codes = [r.codes for r in results.values() if r.codes is not None]
     if codes:
@@ -72,10 +75,11 @@ def summarise(model, results):
 
 
 def markdown_table(rows):
-    lines = ["| model | PSNR (dB) | SSIM | bits per pixel | H_n | P_n | seconds |", "|---|---|---|---|---|---|---|"]
+    head = "| model | PSNR (dB) | PSNR, pooled (dB) | SSIM | bits per pixel | H_n | P_n | seconds |"
+    lines = [head, "|---" * (len(COLUMNS) + 1) + "|"]
     for name, row in rows.items():
         cells = [f"{row[column]:.3g}" if column in row else "-" for column in COLUMNS]
-        cells[0] = f"{row['psnr']:.2f}"
+        cells[:2] = f"{row['psnr']:.2f}", f"{row['psnr_pooled']:.2f}"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -34,7 +34,7 @@ from diffusers_pq.files import replacing, write_json
 from diffusers_pq.flags import named, trained_unlike
 from diffusers_pq.images import to_uint8
 from diffusers_pq.measuring import describe_machine
-from diffusers_pq.metrics import FID, PSNR, SSIM
+from diffusers_pq.metrics import FID, PSNR, SSIM, PooledPSNR
 from diffusers_pq.models.class_conditioning import predict
 from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions
 from diffusers_pq.training.noise import add_noise, predicted_latents
@@ -139,7 +139,7 @@ def denoise(pipeline, latents, noise, labels, timesteps, batch_size):
 
 
 def compare(pipeline, latents, pictures, batch_size):
-    metrics = MetricCollection({"psnr": PSNR(), "ssim": SSIM()}, compute_groups=False)
+    metrics = MetricCollection({"psnr": PSNR(), "psnr_pooled": PooledPSNR(), "ssim": SSIM()}, compute_groups=False)
     for batch, originals in zip(latents.split(batch_size), pictures.split(batch_size)):
         metrics.update(images=to_uint8(decode_latents(pipeline.vae, batch)), references=to_uint8(originals))
     return {name: float(value) for name, value in metrics.compute().items()}

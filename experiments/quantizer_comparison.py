@@ -56,13 +56,27 @@ from diffusers_pq.training.run import load_train_split
 ROOT = Path(__file__).parent.parent
 RECIPE = ("--config", str(ROOT / "training_scripts" / "recipes" / "pqgan-mini.yaml"), "--max_train_steps", "600")
 # Six pictures are too few for the distances between distributions.
+<<<<<<< HEAD
 PHOTOGRAPH_METRICS = ("psnr", "ssim", "lpips_alex")
 OWN_SETTINGS = ("vq_codebook_size", "eval_resolution", "max_eval_samples", "model_config")
+=======
+PHOTOGRAPH_METRICS = ("psnr", "psnr_pooled", "ssim", "lpips_alex")
+SETTINGS = ("resolution", "train_batch_size", "max_train_steps", "learning_rate", "weight_init", "codebook_init")
+SETTINGS += ("perceptual_weight", "discriminator_weight", "kl_weight", "seed", "dataset_name", "train_data_dir")
+>>>>>>> 3479d07 (Pooled PSNR beside the mean over pictures; exact pictures leave means finite)
 # Flags that not all bottlenecks know.
 NOT_FOR_ALL = ("codebook_distance", "gradient_estimator", "codebook_ema_decay", "reseed_dead_entries")
 NOT_FOR_ALL += ("quantize_from_step", "backbone_name_or_path", "pretrained_model_name_or_path")
-COLUMNS = {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".3f"), "lpips_alex": ("LPIPS", ".4f")}
-COLUMNS |= {"rfid": ("rFID", ".3g"), "cmmd": ("CMMD", ".3g"), "H_n": ("H_n", ".3f"), "P_n": ("P_n", ".3f")}
+COLUMNS = {
+    "psnr": ("PSNR", ".2f"),
+    "psnr_pooled": ("PSNR, pooled", ".2f"),
+    "ssim": ("SSIM", ".3f"),
+    "lpips_alex": ("LPIPS", ".4f"),
+    "rfid": ("rFID", ".3g"),
+    "cmmd": ("CMMD", ".3g"),
+    "H_n": ("H_n", ".3f"),
+    "P_n": ("P_n", ".3f"),
+}
 
 
 def parse_args(argv=None):

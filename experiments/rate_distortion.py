@@ -32,7 +32,7 @@ from diffusers_pq.devices import usable_device
 from diffusers_pq.evaluation.reconstruction import EvaluationData
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
-from diffusers_pq.metrics import CodebookUsage, psnr, ssim
+from diffusers_pq.metrics import CodebookUsage, pooled_psnr, psnr, ssim
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import codebook_shape, reconstruct_picture
 
@@ -61,7 +61,7 @@ def parse_args(argv=None):
 
 
 def measure(photographs, compress, decompress):
-    """Scores of every photograph, by name, and their means."""
+    """Scores of every photograph, by name, their means, and the PSNR of all photographs' errors together."""
     scores = {}
     for name, original in photographs.items():
         data = compress(original)
@@ -69,6 +69,8 @@ def measure(photographs, compress, decompress):
         bits = 8 * len(data) / (original.width * original.height)
         scores[name] = {"bits_per_pixel": bits, "psnr": psnr(*pair).item(), "ssim": ssim(*pair).item()}
     means = {key: statistics.mean(row[key] for row in scores.values()) for key in ("bits_per_pixel", *MEASURES)}
+    pixels = [picture.width * picture.height for picture in photographs.values()]
+    means["psnr_pooled"] = pooled_psnr([row["psnr"] for row in scores.values()], pixels)
     return means | {"photographs": scores}
 
 
@@ -112,11 +114,12 @@ def is_available(codec):
 
 
 def markdown_table(record):
-    lines = ["| | bits per pixel | PSNR (dB) | SSIM |", "|---|---|---|---|"]
+    lines = ["| | bits per pixel | PSNR (dB) | PSNR, pooled (dB) | SSIM |", "|---|---|---|---|---|"]
     rows = [(Path(path).name, row) for path, row in record["models"].items()]
     rows += [(f"{name} {row['quality']}", row) for name, codec in record["codecs"].items() for row in codec]
     for name, row in rows:
-        lines.append(f"| {name} | {row['bits_per_pixel']:.3f} | {row['psnr']:.2f} | {row['ssim']:.3f} |")
+        scores = f"{row['psnr']:.2f} | {row['psnr_pooled']:.2f} | {row['ssim']:.3f}"
+        lines.append(f"| {name} | {row['bits_per_pixel']:.3f} | {scores} |")
     return "\n".join(lines)
 
 

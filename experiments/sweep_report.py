@@ -184,10 +184,12 @@ def _listed(values, spec: str, prefix: str = "") -> str:
 
 
 def report(results: pd.DataFrame, findings: list[Finding]) -> str:
-    """Markdown: the findings, and tables of PSNR and H_n with their change for twice the d."""
+    """Markdown: the findings, and tables of PSNR, pooled PSNR and H_n with their change for twice the d."""
     lines = ["| finding of the paper | seen here | by |", "|---|---|---|"]
     lines += [f"| {one.text} | {'yes' if one.seen else 'no'} | {one.numbers} |" for one in findings]
-    for column, spec in (("psnr", ".2f"), ("H_n", ".3f")):
+    for column, spec in (("psnr", ".2f"), ("psnr_pooled", ".2f"), ("H_n", ".3f")):
+        if column not in results:  # evaluated before there was a pooled PSNR
+            continue
         table = by_share(results, column)
         slopes = table.apply(slope_per_doubling, axis="columns")
         lines += ["", f"| {column} | {' | '.join(f'd = {d}' for d in table)} | for twice the d |"]

@@ -10,6 +10,7 @@ from conftest import tiny_config
 
 from diffusers_pq import PQModel
 from diffusers_pq.figures import difference_map, draw_reconstructions, most_different_box
+from diffusers_pq.metrics import pooled_psnr
 
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "reconstruct_photographs.py"
@@ -66,6 +67,11 @@ def test_the_command_draws_any_models_and_pictures(tmp_path, capsys):
         "photo",
         "other",
     }
+    pixels = {"photo": 45 * 31, "other": 40 * 40}
+    row = record["results"]["A"]
+    pooled = pooled_psnr([row["psnr_per_picture"][name] for name in pixels], list(pixels.values()))
+    assert row["psnr_pooled"] == pytest.approx(pooled)
+    assert f"| A | {row['psnr']:.2f} | {row['psnr_pooled']:.2f} |" in capsys.readouterr().out
     with PIL.Image.open(tmp_path / "out" / "photographs.png") as figure:
         assert figure.width == 3 * 3 * 80
     for crops, message in [("photo=40,7", "photo=40,7 leaves the picture of 45 x 31"), ("cat=1,1", "names cat")]:

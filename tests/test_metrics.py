@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch_fidelity.feature_extractor_inceptionv3 as inception
 from safetensors.torch import load_file, save_file
 from torchmetrics import MetricCollection
+from torchmetrics.image import PeakSignalNoiseRatio
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusers_pq.images import to_uint8
@@ -25,9 +26,11 @@ from diffusers_pq.metrics import (
     PSNR,
     SSIM,
     CodebookUsage,
+    PooledPSNR,
     WeightsUnavailableError,
     bits_per_pixel,
     load_metrics,
+    pooled_psnr,
     psnr,
     ssim,
 )
@@ -64,6 +67,7 @@ def tiny_clip():
 def tiny_metrics():
     metrics = {
         "psnr": PSNR(),
+        "psnr_pooled": PooledPSNR(),
         "ssim": SSIM(),
         "rfid": FID(TinyFeatures()),
         "cmmd": CMMD(tiny_clip()),
@@ -97,8 +101,44 @@ def test_psnr_has_its_closed_form():
     reference = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
     image = reference.clone()
     image[1] += 5
-    values = psnr(image, reference)
-    assert math.isinf(values[0]) and float(values[1]) == pytest.approx(20 * math.log10(255 / 5))
+    assert float(psnr(image, reference)[1]) == pytest.approx(20 * math.log10(255 / 5))
+
+
+def test_one_exact_picture_does_not_make_a_mean_infinite():
+    reference = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
+    image = reference.clone()
+    one_off = reference.clone()
+    image[1] += 5
+    one_off[0, 0, 0, 0] += 1
+    assert psnr(image, reference)[0] == psnr(one_off, reference)[0]
+    metric = PSNR()
+    metric.update(image, reference)
+    expected = (20 * math.log10(255) + 10 * math.log10(3 * 16 * 16) + 20 * math.log10(255 / 5)) / 2
+    assert float(metric.compute()) == pytest.approx(expected)
+
+
+def test_pooled_psnr_is_that_of_torchmetrics_over_all_pictures_before_they_are_rounded():
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1
+    noise = torch.randn(originals.shape, generator=generator) * torch.tensor([0, 0.002, 0.2, 0.5]).view(4, 1, 1, 1)
+    samples = originals + noise
+    reference = PeakSignalNoiseRatio(data_range=(-1.0, 1.0))
+    metric, stored = PooledPSNR(), PooledPSNR()
+    for part in (slice(0, 1), slice(1, 4)):
+        reference.update(samples[part], originals[part])
+        pair = {"images": to_uint8(samples[part]), "references": to_uint8(originals[part])}
+        metric.update(**pair, samples=samples[part], originals=originals[part])
+        stored.update(**pair)
+    assert float(metric.compute()) == pytest.approx(float(reference.compute()), abs=1e-4)
+    pair = to_uint8(samples), to_uint8(originals)
+    assert float(stored.compute()) == pytest.approx(pooled_psnr(psnr(*pair).tolist(), [256] * 4), abs=1e-3)
+    assert float(psnr(*pair).mean()) > float(metric.compute()) + 3
+
+
+def test_pooled_psnr_weighs_pictures_by_their_pixels():
+    # Errors of 1 on one pixel and of 4 on three: (1 + 3 * 16) / 4
+    decibels = [20 * math.log10(255), 20 * math.log10(255 / 4)]
+    assert pooled_psnr(decibels, [1, 3]) == pytest.approx(10 * math.log10(255**2 / 12.25))
 
 
 def test_ssim_is_one_for_equal_pictures_and_falls_with_noise():
@@ -228,7 +268,7 @@ def test_cmmd_resizes_like_pillow():
 
 def test_scores_do_not_depend_on_the_batch_size():
     whole = scores_in_batches(10)
-    assert whole.keys() == {"psnr", "ssim", "rfid", "cmmd", "H_n", "P_n", "dead", "dead_max"}
+    assert whole.keys() == {"psnr", "psnr_pooled", "ssim", "rfid", "cmmd", "H_n", "P_n", "dead", "dead_max"}
     for batch_size in (1, 3):
         assert scores_in_batches(batch_size) == pytest.approx(whole, rel=1e-5)
 
@@ -260,7 +300,7 @@ def test_metrics_without_weights_are_listed_with_the_file_they_want(tmp_path, mo
 
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     metrics, unavailable = load_metrics()
-    assert set(metrics) == {"psnr", "ssim"} and metrics.keys() | unavailable.keys() == METRICS.keys()
+    assert set(metrics) == {"psnr", "psnr_pooled", "ssim"} and metrics.keys() | unavailable.keys() == METRICS.keys()
     wanted = {
         "rfid": "weights-inception-2015-12-05-6726825d.pth",
         "cmmd": "openai/clip-vit-large-patch14-336",

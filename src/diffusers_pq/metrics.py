@@ -7,6 +7,7 @@ processes shows. Pictures are uint8, as they would be stored; [`~diffusers_pq.im
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -57,10 +58,23 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         images, references (`torch.Tensor` of shape `(B, 3, H, W)`, uint8): See [`~diffusers_pq.images.to_uint8`].
 
     Returns:
-        `torch.Tensor` of shape `(B,)`; infinite for identical pictures.
+        `torch.Tensor` of shape `(B,)`. An exact picture counts as if one of its values were one level off, the highest
+            PSNR below infinity, so that means over pictures stay finite.
     """
-    error = (images.double() - references.double()).square().mean((1, 2, 3))
-    return 10 * torch.log10(255.0**2 / error)
+    error = (images.double() - references.double()).square().sum((1, 2, 3)).clamp(min=1)
+    return 10 * torch.log10(255.0**2 * images[0].numel() / error)
+
+
+def pooled_psnr(decibels: Sequence[float], pixels: Sequence[int]) -> float:
+    """
+    PSNR in dB of the squared error of several pictures together, see [`PooledPSNR`].
+
+    Args:
+        decibels: Of every picture, see [`psnr`].
+        pixels: How many every picture has.
+    """
+    error = sum(area * 10 ** (-value / 10) for value, area in zip(decibels, pixels, strict=True))
+    return 10 * math.log10(sum(pixels) / error)
 
 
 def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -117,10 +131,47 @@ class _MeanOverPictures(Metric):
 
 
 class PSNR(_MeanOverPictures):
-    """Mean over pictures of [`psnr`], in dB; infinite if a picture is identical to its original."""
+    """Mean over pictures of [`psnr`], in dB."""
 
     higher_is_better = True
     scores = staticmethod(psnr)
+
+
+class PooledPSNR(Metric):
+    """
+    PSNR in dB of the squared error of all pictures together, as the paper's authors measure it (torchmetrics'
+    `PeakSignalNoiseRatio`). The more the pictures' errors differ, the further it is below their mean PSNR ([`PSNR`]).
+    Infinite only if all pictures are exact.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_state("squared_error", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("values", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        images: torch.Tensor,
+        references: torch.Tensor,
+        samples: torch.Tensor | None = None,
+        originals: torch.Tensor | None = None,
+    ):
+        """
+        Add pictures and their originals, uint8 `[B, 3, H, W]`. Where they are known before rounding, `samples` and
+        `originals` in [-1, 1] are compared instead; what lies outside is clamped.
+        """
+        _check_pictures(images=images, references=references)
+        if samples is not None and originals is not None:
+            images, references = ((pictures.clamp(-1, 1) + 1) * 127.5 for pictures in (samples, originals))
+        self.squared_error += (images.double() - references.double()).square().sum()
+        self.values += images.numel()
+
+    def compute(self) -> torch.Tensor:
+        return 10 * torch.log10(255.0**2 * self.values / self.squared_error)
 
 
 class SSIM(_MeanOverPictures):
@@ -286,6 +337,7 @@ class CodebookUsage(Metric):
 
 METRICS = {
     "psnr": PSNR,
+    "psnr_pooled": PooledPSNR,
     "ssim": SSIM,
     "rfid": FID,
     "cmmd": CMMD,

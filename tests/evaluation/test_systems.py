@@ -114,10 +114,10 @@ def test_the_script_puts_the_papers_scores_beside_those_of_a_system(photographs,
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "kl")
     script = runpy.run_path(str(SCRIPT))
     data = ["--data_dir", photographs.data_dir, "--resolution", "32", "--output_dir", str(tmp_path / "out")]
-    system = ["--systems", f"ldm-kl-f4={tmp_path / 'kl'}", "--metrics", "psnr", "--dataloader_num_workers", "0"]
+    system = ["--systems", f"ldm-kl-f4={tmp_path / 'kl'}", "--metrics", "psnr_pooled", "--dataloader_num_workers", "0"]
     script["main"](script["parse_args"]([*data, *system]))
     table = capsys.readouterr().out.splitlines()
-    assert table[2] == "| model | F | d | bits per pixel | PSNR (dB) | rFID | CMMD | LPIPS (alex) |"
+    assert table[2] == "| model | F | d | bits per pixel | PSNR, pooled (dB) | rFID | CMMD | LPIPS (alex) |"
     assert table[4].startswith("| ldm-kl-f4 | 1 | 4 |") and table[4].endswith(" | - | - | - |")
     assert table[5] == "| *the paper's, ImageNet* | - | - | - | 28.1 | 0.27 | 0.080 | 0.0282 |"
     with pytest.raises(SystemExit):
