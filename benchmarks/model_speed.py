@@ -20,6 +20,7 @@ from tqdm import tqdm
 from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
+from diffusers_pq.files import read_json
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 from diffusers_pq.metrics import psnr
@@ -91,7 +92,7 @@ def measure_tiling(path, pixels, args):
 
 def save_row(path, row, key):
     """Add a row to a table of rows in a JSON file; it replaces an earlier one that measured the same."""
-    table = json.loads(path.read_text()) if path.is_file() else []
+    table = read_json(path) if path.is_file() else []
     table = [other for other in table if any(other[name] != row[name] for name in key)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([*table, row], indent=2) + "\n")

@@ -8,7 +8,6 @@ Reads the runs' tensorboard logs. Losses can be compared between runs on the sam
 
 import argparse
 import datetime
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +15,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.files import replacing, write_json
+from diffusers_pq.files import read_json, replacing, write_json
 from diffusers_pq.flags import named
 
 
@@ -58,7 +57,7 @@ def plot(runs, path):
 def main(args):
     runs = {}
     for label, folder in args.runs:
-        config = json.loads(Path(folder, "training_config.json").read_text())
+        config = read_json(Path(folder, "training_config.json"))
         runs[label] = {"config": config, **read_curves(Path(folder))}
         step, loss = min(runs[label]["validation/loss"], key=lambda entry: entry[1])
         print(f"{label}: lowest validation loss {loss:.4f} at step {step}")

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from diffusers_pq.console import one_line_errors
+from diffusers_pq.files import read_json
 from diffusers_pq.measuring import describe_machine
 
 
@@ -59,7 +60,7 @@ def main(args):
             scores = folder / "best" / "validation.json"
             if not scores.is_file():
                 train(model, flags, folder, args)
-            rows.append({"model": model, "remedy": name} | json.loads(scores.read_text()))
+            rows.append({"model": model, "remedy": name} | read_json(scores))
             print(json.dumps(rows[-1]), flush=True)
     record = {
         "date": datetime.date.today().isoformat(),

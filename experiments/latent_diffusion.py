@@ -12,7 +12,6 @@ and plots; samples stay in the runs' folders, so that a run that was stopped goe
 import argparse
 import copy
 import datetime
-import json
 import random
 import tempfile
 from pathlib import Path
@@ -30,7 +29,7 @@ from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.pictures import ClassLabels, ConditionedCrops, load_images
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.evaluation.reconstruction import EvaluationData
-from diffusers_pq.files import replacing, write_json
+from diffusers_pq.files import read_json, replacing, write_json
 from diffusers_pq.flags import named, trained_unlike
 from diffusers_pq.images import to_uint8
 from diffusers_pq.measuring import describe_machine
@@ -87,7 +86,7 @@ def parse_args(argv=None):
 
 def read_configs(runs):
     """How each run was trained; a `ValueError` if not as the others."""
-    configs = {label: json.loads((folder / "training_config.json").read_text()) for label, folder in runs.items()}
+    configs = {label: read_json(folder / "training_config.json") for label, folder in runs.items()}
     first, *others = configs
     for label in others:
         differing = trained_unlike(

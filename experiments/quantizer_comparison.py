@@ -24,7 +24,6 @@ quantizer_comparison.json and .md.
 
 import argparse
 import datetime
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +40,7 @@ from diffusers_pq.evaluation.reconstruction import (
     describe_latents,
     evaluate_autoencoder,
 )
-from diffusers_pq.files import write_json, write_text
+from diffusers_pq.files import read_json, write_json, write_text
 from diffusers_pq.flags import parse, trained_unlike, unlike
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
@@ -168,7 +167,7 @@ def run_bottleneck(name, config, args):
     }
     settings["model_config"] = {key: value for key, value in config.items() if not key.startswith("_")}
     for path in args.runs_dir.glob("*/settings.json"):
-        check_trained_alike(json.loads(path.read_text()), settings, path.parent)
+        check_trained_alike(read_json(path), settings, path.parent)
     if (folder / "results.json").is_file():
         return
     if PartialState().is_main_process:
@@ -196,7 +195,7 @@ def run_bottleneck(name, config, args):
 def read_results(runs_dir):
     """Of all finished runs, those of other processes included, in the order of `BOTTLENECKS`."""
     paths = (runs_dir / name / "results.json" for name in BOTTLENECKS)
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+    return [read_json(path) for path in paths if path.is_file()]
 
 
 def cell(scores, key, spec):
@@ -239,7 +238,7 @@ def markdown_table(results):
 
 
 def main(args):
-    config = json.loads(Path(args.model_config).read_text())
+    config = read_json(args.model_config)
     for name in args.bottlenecks:
         run_bottleneck(name, config, args)
         if PartialState().is_main_process:

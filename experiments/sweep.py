@@ -4,7 +4,6 @@ and each takes the next configuration that is neither done nor with another work
 """
 
 import ctypes
-import json
 import logging
 import os
 import signal
@@ -21,7 +20,7 @@ from itertools import product
 from pathlib import Path
 
 from diffusers_pq.evaluation.reconstruction import read_results
-from diffusers_pq.files import write_json
+from diffusers_pq.files import read_json, write_json
 from diffusers_pq.flags import trained_unlike, unlike
 from diffusers_pq.training.pqgan import PQGANOptions
 
@@ -195,7 +194,7 @@ class Sweep:
 
     def _check_evaluations(self, path: Path):
         """More evaluations than before may be asked for, but not others."""
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        earlier = read_json(path) if path.is_file() else []
         if missing := [" ".join(flags) for flags in earlier if flags not in self.evaluations]:
             raise ValueError(
                 f"{path.parent} was evaluated with {'; '.join(missing)}: ask for that too, choose another "
@@ -294,7 +293,7 @@ def _die_with_parent():
 def _check_same(path: Path, compare: Callable[[dict, dict], dict], wanted: dict):
     if not path.is_file():
         return
-    found = compare(json.loads(path.read_text(encoding="utf-8")), wanted)
+    found = compare(read_json(path), wanted)
     if found:
         listed = "; ".join(f"{name} {there!r}, now {here!r}" for name, (there, here) in found.items())
         raise ValueError(

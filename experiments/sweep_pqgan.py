@@ -11,7 +11,6 @@ where another worker was killed. `experiments/sweep_figures.py` draws the figure
 """
 
 import argparse
-import json
 import logging
 import shlex
 import signal
@@ -24,6 +23,7 @@ from sweep import Sweep, grid
 from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.evaluation.options import parse_reconstruction_args
+from diffusers_pq.files import read_json
 from diffusers_pq.flags import parse
 from diffusers_pq.training.pqgan import PQGANOptions
 
@@ -98,7 +98,7 @@ def check_quantizers(configurations, **kwargs):
 
 
 def load_model_config(path):
-    config = json.loads(Path(path).read_text()) if path.endswith(".json") else PQModel.load_config(path)
+    config = read_json(path) if path.endswith(".json") else PQModel.load_config(path)
     if config.get("_class_name") != "PQModel":
         raise ValueError(f"--model_config_name_or_path {path} must be of a PQModel.")
     return config

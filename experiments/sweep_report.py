@@ -1,6 +1,5 @@
 """What a sweep found: the paper's findings checked (section 4), and its figures in the paper's form (3, 5 and 6)."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 
 from diffusers_pq.evaluation.reconstruction import RESULTS_FILE
-from diffusers_pq.files import replacing
+from diffusers_pq.files import read_json, replacing
 
 
 # column -> label of its axis, scale (Figures 3, 5 and 6)
@@ -57,7 +56,7 @@ def read_sweep(output_dir: str | os.PathLike, evaluation: str | None = None) -> 
     if len(names) != 1:
         found = f"those of {', '.join(names)}: choose one" if names else "none"
         raise ValueError(f"{output_dir} must hold the results of one evaluation, but holds {found}.")
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    results = [read_json(path) for path in paths]
     rows = [{key: one["latents"][name] for key, name in _LATENTS.items()} | one["scores"] for one in results]
     return pd.DataFrame(rows).sort_values(["d", "S", "K"], ignore_index=True), results
 

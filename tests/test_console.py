@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets.exceptions import DatasetGenerationError
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 
 from diffusers_pq import __version__, cli, console
 from diffusers_pq.console import one_line_errors, report
@@ -52,6 +53,18 @@ def test_an_expected_error_is_one_line_that_says_something(error, capsys):
     assert report(error, "program") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("program: ") and len(line) > len("program: ") + 5
+
+
+def test_an_error_in_a_worker_of_a_loader_is_that_error(capsys):
+    loader = DataLoader([0, 1], collate_fn=_bad_caption, num_workers=1)
+    with pytest.raises(ValueError) as error:
+        next(iter(loader))
+    report(error.value, "program")
+    assert capsys.readouterr().err == "program: one is: 7\n"
+
+
+def _bad_caption(batch):
+    raise ValueError("one is: 7")
 
 
 @pytest.mark.parametrize("error", [KeyError("key"), AttributeError("no"), RuntimeError("size mismatch")], ids=repr)

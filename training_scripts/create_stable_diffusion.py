@@ -9,14 +9,14 @@
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.data.pictures import load_images
+from diffusers_pq.data.pictures import caption_texts, load_images
+from diffusers_pq.files import read_json
 from diffusers_pq.training.stable_diffusion import create_stable_diffusion, train_clip_tokenizer
 
 
@@ -39,9 +39,13 @@ def parse_args(argv=None):
 def main(args):
     torch.manual_seed(args.seed)
     source = args.dataset_name, args.train_data_dir, args.image_column, "train"
-    captions = load_images(*source, other_columns=(args.caption_column,))[args.caption_column]
+    rows = load_images(*source, other_columns=(args.caption_column,))
+    if rows is None:
+        raise ValueError("The dataset has no `train` split.")
+    column = args.caption_column
+    captions = [caption for value in rows[column] for caption in caption_texts(value, column)]
     tokenizer = train_clip_tokenizer(captions, args.vocab_size, args.max_length)
-    configs = (json.loads((args.config_dir / f"{name}.json").read_text()) for name in ("unet", "text_encoder"))
+    configs = (read_json(args.config_dir / f"{name}.json") for name in ("unet", "text_encoder"))
     vae = load_autoencoder(args.vae_name_or_path)
     create_stable_diffusion(vae, tokenizer, *configs, args.prediction_type).save_pretrained(args.output_dir)
 

@@ -4,12 +4,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from diffusers import AutoencoderKL
 
+from .files import folder_or_hub, read_json
 from .models.autoencoder_pq import PQModel
 
 
@@ -23,7 +23,8 @@ def autoencoder_class(path_or_repo: str, **hub_kwargs) -> type:
     Raises:
         ValueError: if it is not one of `AUTOENCODERS`.
     """
-    config = PQModel.load_config(path_or_repo, **hub_kwargs)
+    with folder_or_hub(path_or_repo):
+        config = PQModel.load_config(path_or_repo, **hub_kwargs)
     name = config.get("_class_name")
     if name not in AUTOENCODERS:
         raise ValueError(f"{path_or_repo} holds a {name!r} in its config.json; known are {', '.join(AUTOENCODERS)}.")
@@ -82,7 +83,7 @@ def load_pq_model(path_or_repo: str, **hub_kwargs) -> PQModel:
 def create_autoencoder(config_name_or_path: str, **overrides) -> nn.Module:
     """A fresh autoencoder from a `config.json`, a folder or a Hub repository that holds one; overrides win over it."""
     if config_name_or_path.endswith(".json"):
-        config = json.loads(Path(config_name_or_path).read_text(encoding="utf-8"))
+        config = read_json(config_name_or_path, dict)
         if config.get("_class_name") not in AUTOENCODERS:
             raise ValueError(f"{config_name_or_path} must name a `_class_name` out of {', '.join(AUTOENCODERS)}.")
         return AUTOENCODERS[config["_class_name"]].from_config(config, **overrides)

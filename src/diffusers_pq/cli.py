@@ -125,13 +125,15 @@ def _widen_unet(args):
     import torch
     from diffusers import AutoModel
 
+    from .files import folder_or_hub
     from .models.widening import widen_denoiser
 
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists already: choose another folder or remove it.")
     options = {"subfolder": args.subfolder, "torch_dtype": getattr(torch, args.dtype), "use_safetensors": True}
     try:
-        denoiser = AutoModel.from_pretrained(args.denoiser, **options)
+        with folder_or_hub(args.denoiser):
+            denoiser = AutoModel.from_pretrained(args.denoiser, **options)
     except OSError as error:
         if args.subfolder is not None or not Path(args.denoiser, "model_index.json").is_file():
             raise

@@ -19,6 +19,7 @@ _EXPECTED_OF = {
     "httpx": "HTTPError",
     "pickle": "PickleError",
     "safetensors": "SafetensorError",
+    "wandb.errors": "Error",
     "yaml": "YAMLError",
     "zipfile": "BadZipFile",
 }
@@ -69,7 +70,10 @@ def report(error: Exception, program: str) -> int:
 
 
 def _line(error: Exception) -> str | None:
-    text = " ".join(str(error).split())  # the messages of other libraries can run over several lines
+    text = str(error)
+    if "DataLoader worker process" in text:  # what torch raises in the main process quotes the worker's traceback
+        text = text.rstrip().rpartition("\n")[2].partition(": ")[2] or text
+    text = " ".join(text.split())  # the messages of other libraries can run over several lines
     if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
         return f"out of memory. {_ADVICE}" + (f" ({text})" if text else "")
     if any(sign in text for sign in _NO_DEVICE):

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -32,3 +33,44 @@ def write_text(path: str | os.PathLike, text: str):
 def write_json(path: str | os.PathLike, value):
     """Write a JSON file as [`replacing`] does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike, kind: type = object) -> Any:
+    """
+    The content of a JSON file.
+
+    Args:
+        path (`str` or `os.PathLike`)
+        kind (`type`): What it must be, such as `dict`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds something else; both messages name it.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} must hold a JSON {kind.__name__}, but holds a {type(value).__name__}.")
+    return value
+
+
+@contextmanager
+def folder_or_hub(source: str | os.PathLike) -> Iterator[None]:
+    """
+    Around what loads from a folder or, if there is none of that name, from the Hub.
+
+    Raises:
+        FileNotFoundError: on an `OSError` within, if there is no such folder; says so first.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(source).exists():
+            raise
+        raise FileNotFoundError(
+            f"The folder {source} does not exist, and no such repository could be loaded from the Hub: {error}"
+        ) from error

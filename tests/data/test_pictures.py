@@ -22,7 +22,15 @@ from diffusers_pq.data.loaders import (
     StreamPosition,
     build_train_loader,
 )
-from diffusers_pq.data.pictures import BadImageError, CentreCrops, RandomCrops, load_images, usable_rows
+from diffusers_pq.data.pictures import (
+    BadImageError,
+    CentreCrops,
+    RandomCrops,
+    caption_texts,
+    class_names,
+    load_images,
+    usable_rows,
+)
 from diffusers_pq.images import to_tensor
 
 
@@ -242,7 +250,7 @@ def test_what_is_left_of_a_damaged_shard_is_skipped(kind, request, tmp_path, cap
 def test_bad_pictures_can_end_the_run_instead(streaming, encoded, parquet, tmp_path):
     dataset = load_images(str(parquet), None, "image", "train", cache_dir=str(tmp_path), streaming=streaming)
     loader = build_train_loader(dataset, RandomCrops("image", 16), Accelerator(cpu=True), 1, on_bad_image="raise")
-    with pytest.raises(BadImageError, match=r"(\.png cannot be read: )|(too small: 8 x 8, shortest side 16)"):
+    with pytest.raises(BadImageError, match=r"(\.png cannot be read: )|(too small: 8 x 8, needs at least 16 a side)"):
         epoch_of(iter(loader), 24)
 
 
@@ -284,3 +292,32 @@ def test_small_pictures_are_enlarged_down_to_the_limit():
     assert level(RandomCrops("image", 16, min_image_side=8)(row, random.Random(0))) == 50
     with pytest.raises(BadImageError, match="a picture is too small"):
         RandomCrops("image", 16, min_image_side=9)(row, random.Random(0))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_whose_pictures_are_all_too_small_names_the_flag_and_a_picture(streaming, tmp_path):
+    for number in range(3):
+        grey(number).save(tmp_path / f"{number}.png")
+    images = load_images(None, str(tmp_path), "image", "train", streaming=streaming)
+    loader = build_train_loader(images, RandomCrops("image", 32), Accelerator(cpu=True), 2)
+    with pytest.raises(ValueError, match=r"`--min_image_side`, which is the resolution.*\.png is too small: 16 x 16"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("value, texts", [("a", ["a"]), (None, []), ([], []), (["a", None, "b"], ["a", "b"])])
+def test_captions_are_a_text_or_a_list_with_gaps(value, texts):
+    assert caption_texts(value, "text") == texts
+
+
+@pytest.mark.parametrize("value", [7, 0.5, {"en": "a"}, ["a", 7], True])
+def test_captions_that_are_no_texts_name_their_column(value):
+    with pytest.raises(ValueError, match="column 'caption' must be texts.* but one is"):
+        caption_texts(value, "caption")
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [[0], [1]], [{"id": 0}, {"id": 1}]], ids=["floats", "lists", "dicts"])
+@pytest.mark.parametrize("names", [None, "names.txt"])
+def test_classes_that_are_no_whole_numbers_or_strings_name_their_column(values, names):
+    dataset = datasets.Dataset.from_dict({"label": values})
+    with pytest.raises(ValueError, match="whole numbers or strings, but the column 'label' holds"):
+        class_names(dataset, "label", names)

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 
 from diffusers_pq import PQModel, StableDiffusionPQPipeline
 from diffusers_pq.evaluation.reconstruction import EvaluationData, results_table, run_evaluation
+from diffusers_pq.files import read_json
 from diffusers_pq.hub.cards import CardRepository, hub_id, main, write_configuration
-from diffusers_pq.hub.push import check_folder, read_json
+from diffusers_pq.hub.push import check_folder
 from diffusers_pq.hub.run_card import write_run_card
 
 

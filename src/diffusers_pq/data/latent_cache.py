@@ -1,6 +1,5 @@
 """A dataset's pictures, encoded once to packed codes, for the training of denoisers."""
 
-import json
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..autoencoders import weights_digest
-from ..files import replacing, write_json
+from ..files import read_json, replacing, write_json
 from ..models.autoencoder_pq import PQModel
 from ..models.quantizer import bits_per_code
 from .fingerprints import fingerprint_rows
@@ -158,7 +157,7 @@ def load_cached_codes(
     folder = Path(latents_dir) / str(resolution)
     if not (folder / _INDEX).is_file():
         raise FileNotFoundError(f"`--latents_dir` {latents_dir} has no codes at {resolution} px: {folder / _INDEX}.")
-    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    index = read_json(folder / _INDEX)
     _check_index(_index(vae, resolution), index, folder)
     shards = sorted(map(str, folder.glob("train-*.parquet")))
     expected = math.ceil(index["rows"] / index["rows_per_shard"])
@@ -176,7 +175,7 @@ def _index(vae: PQModel, resolution: int) -> dict:
 
 def _write_index(path: Path, index: dict):
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if "rows_sha256" not in found:
             logger.warning("%s does not say of which pictures its codes are; they are taken for these.", path)
             found["rows_sha256"] = index["rows_sha256"]

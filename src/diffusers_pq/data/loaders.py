@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 _SHARD_ERRORS = (OSError, EOFError, pyarrow.ArrowException, tarfile.TarError)
 # Of these the operating system's that say nothing about the file.
 _NOT_DAMAGE = (ConnectionError, TimeoutError, PermissionError)
-_NO_IMAGES = "The dataset has no picture that can be used: all are damaged or smaller than `--min_image_side`."
+_NO_IMAGES = (
+    "The dataset has no picture that can be used: all are damaged, or smaller than `--min_image_side`, which is the "
+    "resolution unless it is given. The last one: "
+)
 
 
 class BadImages:
@@ -80,7 +83,8 @@ class SeededDataset(Dataset):
                 return self.transform(self.dataset[index], random.Random(f"{self.seed} {epoch} {index}"))
             except BadImageError as error:
                 self.bad_images.handle(error)
-        raise ValueError(_NO_IMAGES)
+                last = error
+        raise ValueError(f"{_NO_IMAGES}{last}.")
 
 
 class EpochSampler(Sampler):
@@ -153,6 +157,7 @@ class SeededStream(IterableDataset):
         # rows have been used.
         self._position = {"epoch": 0, "shard": 0, "row": 0, "used": 0}
         self._skipped_in_block = 0
+        self._last_error = "there is none"
 
     def state_dict(self) -> dict:
         """Where this reader is, and how many pictures it has skipped."""
@@ -198,7 +203,7 @@ class SeededStream(IterableDataset):
                         yield item
                 self._position = {"epoch": epoch, "shard": end[0], "row": end[1] + 1, "used": 0}
             if not found:
-                raise ValueError(_NO_IMAGES)
+                raise ValueError(f"{_NO_IMAGES}{self._last_error}.")
             found = False
             self._position = {"epoch": epoch + 1, "shard": 0, "row": 0, "used": 0}
 
@@ -248,6 +253,7 @@ class SeededStream(IterableDataset):
             return self.transform(row, generator)
         except BadImageError as error:
             self.bad_images.handle(error)
+            self._last_error = error
             return None
 
 

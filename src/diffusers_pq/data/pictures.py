@@ -12,11 +12,17 @@ import torch
 from PIL.Image import Transpose
 from torch.utils.data import Dataset
 
+from ..files import folder_or_hub
 from ..images import to_rgb, to_tensor
 from .folders import PictureFolder
 
 
 logger = logging.getLogger(__name__)
+
+
+# Arrow's, of a column of classes.
+_LABEL_TYPES = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_LABEL_TYPES |= {"bool", "string", "large_string"}
 
 
 class BadImageError(ValueError):
@@ -58,9 +64,10 @@ def load_images(
     if folder is not None:
         dataset = folder.load(split, image_column, needs_metadata=bool(other_columns), cache_dir=cache_dir)
     else:
-        dataset = datasets.load_dataset(
-            dataset_name, dataset_config_name, cache_dir=cache_dir, streaming=streaming
-        ).get(split)
+        with folder_or_hub(dataset_name):
+            dataset = datasets.load_dataset(
+                dataset_name, dataset_config_name, cache_dir=cache_dir, streaming=streaming
+            ).get(split)
     if dataset is None:
         return None
     if dataset.features is None:  # of some streams, columns are known only from the first rows
@@ -100,7 +107,9 @@ def decode_image(value: dict, min_side: int = 1) -> PIL.Image.Image:
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files, broken EXIF for one
         raise BadImageError(f"{name} cannot be read: {error}") from error
     if min(picture.size) < min_side:
-        raise BadImageError(f"{name} is too small: {picture.width} x {picture.height}, shortest side {min_side}")
+        raise BadImageError(
+            f"{name} is too small: {picture.width} x {picture.height}, needs at least {min_side} a side"
+        )
     return picture
 
 
@@ -136,6 +145,22 @@ class RandomCrops:
         return crop
 
 
+def caption_texts(value: str | list | None, column: str) -> list[str]:
+    """
+    The captions of a row: those of a list, or the one that it has; `None` is none.
+
+    Raises:
+        ValueError: if one is no text; the message names the column.
+    """
+    captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise ValueError(
+                f"The captions in the column {column!r} must be texts, or lists of texts, but one is {caption!r}."
+            )
+    return captions
+
+
 @dataclass
 class Prompts:
     """
@@ -152,8 +177,7 @@ class Prompts:
     proportion_empty_prompts: float = 0.0
 
     def __call__(self, row: dict, generator: random.Random) -> torch.LongTensor:
-        caption = row[self.caption_column]
-        caption = generator.choice(caption or [""]) if isinstance(caption, list) else caption or ""
+        caption = generator.choice(caption_texts(row[self.caption_column], self.caption_column) or [""])
         if generator.random() < self.proportion_empty_prompts:
             caption = ""
         length = self.tokenizer.model_max_length
@@ -212,14 +236,20 @@ def class_names(
         ValueError: if the file names a class twice and the column may hold names, or a stream's column does not say
             what classes there are.
     """
+    feature = dataset.features[label_column]
+    dtype = getattr(feature, "dtype", "list")
+    if not (isinstance(feature, datasets.ClassLabel) or dtype in _LABEL_TYPES):
+        raise ValueError(
+            f"Classes must be whole numbers or strings, but the column {label_column!r} holds {dtype}: name another "
+            "one with `--label_column`, or cast it."
+        )
     if names_file is not None:
         names = Path(names_file).read_text(encoding="utf-8").splitlines()
         # ImageNet's usual names have two of "crane" and "maillot": no harm where the rows hold numbers.
-        is_number = "int" in dataset.features[label_column].dtype
+        is_number = "int" in dtype
         if len(set(names)) < len(names) and not is_number:
             raise ValueError(f"`--class_names_file` {names_file} names a class twice.")
         return names
-    feature = dataset.features[label_column]
     if isinstance(feature, datasets.ClassLabel):
         return feature.names
     if isinstance(dataset, datasets.IterableDataset):

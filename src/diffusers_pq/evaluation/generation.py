@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 from tqdm.auto import tqdm
 
 from ..autoencoders import downsampling_factor, weights_digest
-from ..files import write_json
+from ..files import folder_or_hub, read_json, write_json
 from ..images import load_image, save_image, to_tensor, to_uint8
 from ..measuring import describe_machine
 from ..metrics import load_metrics
@@ -200,7 +200,8 @@ def run_generation_evaluation(
     name = name or Path(pretrained_model_name_or_path).name
     folder = Path(output_dir, name.replace("/", "--"))
     with accelerator.local_main_process_first():  # what must be downloaded, is so once
-        pipeline = LatentDiffusionPQPipeline.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        with folder_or_hub(pretrained_model_name_or_path):
+            pipeline = LatentDiffusionPQPipeline.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         metrics, unavailable = load_metrics(tuple(GENERATION_METRICS.values()))
     pipeline.to(accelerator.device)
     metrics.to(accelerator.device)
@@ -224,7 +225,7 @@ def run_generation_evaluation(
     drawn = {key: value for key, value in settings.items() if key not in may_change}
     _check_record(accelerator, folder / "sampling.json", drawn)
     if (folder / RESULTS_FILE).is_file():
-        result = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        result = read_json(folder / RESULTS_FILE)
         if result["settings"] == json.loads(json.dumps(settings)):
             return result
     paths = draw_samples(accelerator, pipeline, labels, folder / "samples", sampling)
@@ -261,7 +262,7 @@ def _dataset_labels(data: EvaluationData, column: str, streaming: bool, cache_di
 def _check_record(accelerator: Accelerator, path: Path, settings: dict):
     """Write settings to a file, or check that it holds the same."""
     if path.is_file():
-        check_settings(json.loads(path.read_text(encoding="utf-8")), settings, path.parent)
+        check_settings(read_json(path), settings, path.parent)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(path, settings)

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..autoencoders import weights_digest
 from ..data.fingerprints import fingerprint_files, fingerprint_rows
 from ..data.pictures import decode_image, load_images, picture_folder
-from ..files import write_json, write_text
+from ..files import read_json, write_json, write_text
 from ..images import to_tensor, to_uint8
 from ..measuring import describe_machine
 from ..metrics import METRICS, CodebookUsage, load_metrics
@@ -384,7 +384,7 @@ def run_evaluation(
     settings = asdict(data) | {"metrics": sorted(collection), "weights_sha256": weights_digest(model)}
     settings |= data.fingerprint(streaming, cache_dir)
     if (folder / RESULTS_FILE).is_file():
-        result = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        result = read_json(folder / RESULTS_FILE)
         check_settings(result["settings"], settings, folder)
         return result
 
@@ -455,7 +455,7 @@ def model_index(result: dict) -> str:
 def read_results(output_dir: str | os.PathLike) -> list[dict]:
     """The results of all evaluations in a folder, in the order of their names."""
     paths = sorted(Path(output_dir).glob(f"*/*/{RESULTS_FILE}"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [read_json(path) for path in paths]
 
 
 def write_table(output_dir: str | os.PathLike) -> str:

@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from ..autoencoders import AUTOENCODERS, load_autoencoder
 from ..conversion import AUTHORS_CHECKPOINTS, AUTHORS_REPOSITORY, load_original_autoencoder
+from ..files import folder_or_hub
 from ..models.autoencoder_pq import PQModel
 
 
@@ -306,7 +307,8 @@ def load_for_evaluation(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.
 
 def load_pretrained(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Module:
     """As [`load_for_evaluation`], but of a folder or Hub repository only."""
-    class_name = PQModel.load_config(pretrained_model_name_or_path, **hub_kwargs).get("_class_name")
+    with folder_or_hub(pretrained_model_name_or_path):
+        class_name = PQModel.load_config(pretrained_model_name_or_path, **hub_kwargs).get("_class_name")
     if class_name in AUTOENCODERS:
         return load_autoencoder(pretrained_model_name_or_path, **hub_kwargs)
     model_class = getattr(diffusers, str(class_name), None)

@@ -18,10 +18,10 @@ from huggingface_hub.utils import validate_repo_id
 from ..autoencoders import AUTOENCODERS, downsampling_factor, load_autoencoder, weights_digest
 from ..console import one_line_errors
 from ..evaluation.systems import SYSTEMS
-from ..files import replacing
+from ..files import read_json, replacing
 from ..models.autoencoder_pq import PQModel
 from ..models.widening import widen_unet
-from .push import build_model, class_name, has_weights, read_json
+from .push import build_model, class_name, has_weights
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")

@@ -1,6 +1,5 @@
 """Pushing a folder with a model or a pipeline to the Hugging Face Hub."""
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 import diffusers_pq
 
 from ..autoencoders import load_whole_model
+from ..files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -196,13 +196,3 @@ def _named_class(config_file: Path) -> type:
         if isinstance(name, str) and hasattr(library, name):
             return getattr(library, name)
     raise ValueError(f"{config_file} names the class {name!r}, which neither diffusers_pq nor diffusers has.")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file's content; an `OSError` or `ValueError` that names the file if there is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error

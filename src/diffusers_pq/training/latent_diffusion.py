@@ -1,10 +1,8 @@
 """Class-conditional latent diffusion from scratch (supplement D and Table 5)."""
 
-import json
 import logging
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 from accelerate.utils import DistributedType
@@ -12,6 +10,7 @@ from accelerate.utils import DistributedType
 from ..autoencoders import downsampling_factor
 from ..data.pictures import ClassLabels, class_names
 from ..evaluation.systems import load_pretrained
+from ..files import read_json
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.class_conditioning import create_class_conditional_denoiser, num_classes, token_dimension
 from ..pipelines.pipeline_latent_diffusion_pq import LatentDiffusionPQPipeline
@@ -149,7 +148,7 @@ def _build_pipeline(options, run, names):
     factor = downsampling_factor(vae)
     check_resolution("--resolution", resolution, factor)
     channels, side = vae.config.latent_channels, resolution // factor
-    config = json.loads(Path(model.model_config_name_or_path).read_text(encoding="utf-8"))
+    config = read_json(model.model_config_name_or_path, dict)
     denoiser = create_class_conditional_denoiser(config, channels, side, len(names))
     dimension, width = token_dimension(denoiser)
     if width < dimension:

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
@@ -42,6 +43,7 @@ def create_accelerator(
     optim: OptimisationOptions, run: RunOptions, kwargs_handlers: list | None = None
 ) -> Accelerator:
     """The accelerator of a run; also seeds all random generators and sets up logs."""
+    _check_trackers(run.report_to)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # every request of the Hub's client
     accelerator = Accelerator(
@@ -51,7 +53,7 @@ def create_accelerator(
         ),
         mixed_precision=optim.mixed_precision,
         kwargs_handlers=kwargs_handlers,
-        log_with=None if run.report_to == "none" else run.report_to,
+        log_with=None if run.report_to == "none" else run.report_to.split(","),
         project_config=ProjectConfiguration(run.output_dir, str(Path(run.output_dir, run.logging_dir))),
     )
     if optim.allow_tf32:
@@ -63,6 +65,18 @@ def create_accelerator(
         logging.getLogger().setLevel(logging.WARNING)
     set_seed(optim.seed)
     return accelerator
+
+
+def _check_trackers(report_to: str):
+    """accelerate leaves out a tracker whose package is missing, without a word."""
+    if report_to in ("none", "all"):
+        return
+    for name in report_to.split(","):
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted({*LOGGER_TYPE_TO_CLASS, "all", "none"}))
+            raise ValueError(f"--report_to {name} is not known; known are {known}.")
+        if name not in {tracker.value for tracker in get_available_trackers()}:
+            raise ValueError(f"--report_to {name}: {name} is not installed. `pip install {name}`, or report to none.")
 
 
 def build_lr_scheduler(optim: OptimisationOptions, optimizer: torch.optim.Optimizer, num_processes: int):

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..autoencoders import downsampling_factor, load_autoencoder
 from ..data.pictures import Prompts
+from ..files import folder_or_hub
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
 from ..models.widening import widen_unet
@@ -202,7 +203,8 @@ def _build_pipeline(options, run):
     """The pipeline that is trained; a resumed run takes the autoencoder that holds the latents' statistics."""
     model, stages = options.model, options.optim.stages
     source = model.pretrained_model_name_or_path
-    is_pq = DiffusionPipeline.load_config(source)["vae"][-1] == "PQModel"
+    with folder_or_hub(source):
+        is_pq = DiffusionPipeline.load_config(source)["vae"][-1] == "PQModel"
     source_class = StableDiffusionPQPipeline if is_pq else StableDiffusionPipeline
     # In float32 whatever it is stored in: mixed precision is the accelerator's.
     pipeline = source_class.from_pretrained(source, safety_checker=None, dtype=torch.float32)

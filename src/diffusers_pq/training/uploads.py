@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from ..files import read_json
 from ..hub.push import NOT_UPLOADED
 
 
@@ -44,7 +45,7 @@ class BestModel:
         scores = self.folder / "validation.json"
         if not self.folder.exists() and _old(self.folder).exists():  # killed while the two changed places
             os.replace(_old(self.folder), self.folder)
-        self.best = json.loads(scores.read_text())[metric] if scores.is_file() else None
+        self.best = read_json(scores)[metric] if scores.is_file() else None
 
     def offer(
         self, save: Callable[[Path], object], scores: dict[str, float], step: int, is_main_process: bool = True
