@@ -55,14 +55,8 @@ from diffusers_pq.training.run import load_train_split
 ROOT = Path(__file__).parent.parent
 RECIPE = ("--config", str(ROOT / "training_scripts" / "recipes" / "pqgan-mini.yaml"), "--max_train_steps", "600")
 # Six pictures are too few for the distances between distributions.
-<<<<<<< HEAD
-PHOTOGRAPH_METRICS = ("psnr", "ssim", "lpips_alex")
-OWN_SETTINGS = ("vq_codebook_size", "eval_resolution", "max_eval_samples", "model_config")
-=======
 PHOTOGRAPH_METRICS = ("psnr", "psnr_pooled", "ssim", "lpips_alex")
-SETTINGS = ("resolution", "train_batch_size", "max_train_steps", "learning_rate", "weight_init", "codebook_init")
-SETTINGS += ("perceptual_weight", "discriminator_weight", "kl_weight", "seed", "dataset_name", "train_data_dir")
->>>>>>> 3479d07 (Pooled PSNR beside the mean over pictures; exact pictures leave means finite)
+OWN_SETTINGS = ("vq_codebook_size", "eval_resolution", "max_eval_samples", "model_config")
 # Flags that not all bottlenecks know.
 NOT_FOR_ALL = ("codebook_distance", "gradient_estimator", "codebook_ema_decay", "reseed_dead_entries")
 NOT_FOR_ALL += ("quantize_from_step", "backbone_name_or_path", "pretrained_model_name_or_path")
