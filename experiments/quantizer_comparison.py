@@ -44,7 +44,7 @@ from diffusers_pq.files import read_json, write_json, write_text
 from diffusers_pq.flags import parse, trained_unlike, unlike
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
-from diffusers_pq.metrics import METRICS, load_metrics
+from diffusers_pq.metrics import load_metrics
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import reconstruct_picture
 from diffusers_pq.training import pqgan
@@ -67,6 +67,7 @@ COLUMNS = {
     "lpips_alex": ("LPIPS", ".4f"),
     "rfid": ("rFID", ".3g"),
     "cmmd": ("CMMD", ".3g"),
+    "fd_efficientnet_lite0": ("FD, EfficientNet-Lite0", ".4g"),
     "H_n": ("H_n", ".3f"),
     "P_n": ("P_n", ".3f"),
 }
@@ -125,7 +126,7 @@ def evaluate_validation(accelerator, model, args, options):
     share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     reading = {"streaming": source.streaming, "cache_dir": source.cache_dir}
     loader = data.loader(options.optim.train_batch_size, **reading, **share)
-    metrics, unavailable = load_metrics(tuple(METRICS))
+    metrics, unavailable = load_metrics()
     scores, pictures = evaluate_autoencoder(accelerator, model, loader, metrics)
     return {"pictures": pictures, "scores": scores, "unavailable": unavailable}
 

@@ -25,12 +25,13 @@ _AXES = {
     "cmmd": ("CMMD", "log"),
     "lpips_alex": ("LPIPS (alex)", "log"),
     "lpips_vgg": ("LPIPS (vgg)", "log"),
+    "fd_efficientnet_lite0": ("FD, EfficientNet-Lite0", "log"),
     "H_n": ("normalised entropy $H_n$", "linear"),
     "P_n": ("normalised perplexity $P_n$", "linear"),
     "seconds": ("seconds a reconstruction", "linear"),
     "overhead": ("quantisation overhead", "linear"),
 }
-_QUALITY = ("rfid", "psnr", "ssim", "cmmd", "lpips_alex", "lpips_vgg")
+_QUALITY = ("rfid", "psnr", "ssim", "cmmd", "lpips_alex", "lpips_vgg", "fd_efficientnet_lite0")
 _LATENTS = {"d": "latent_channels", "S": "num_subspaces", "K": "codebook_size", "bits_per_pixel": "bits_per_pixel"}
 _VQ = "1"  # the row of S = 1 in a table
 _NEEDED = (_VQ, "d/4", "d/2", "d")

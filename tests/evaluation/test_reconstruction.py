@@ -26,6 +26,7 @@ from diffusers_pq.evaluation.reconstruction import (
     EvaluationData,
     EvaluationProgress,
     check_settings,
+    data_flags,
     describe_latents,
     evaluate_autoencoder,
     read_results,
@@ -35,7 +36,7 @@ from diffusers_pq.evaluation.reconstruction import (
 )
 from diffusers_pq.evaluation.systems import load_for_evaluation
 from diffusers_pq.images import to_uint8
-from diffusers_pq.metrics import CodebookUsage, load_metrics, psnr, ssim
+from diffusers_pq.metrics import METRICS, CodebookUsage, load_metrics, psnr, ssim
 from diffusers_pq.reconstruction import reconstruct, reconstruct_picture
 
 
@@ -422,6 +423,29 @@ def test_the_table_and_the_model_card_say_what_was_measured(photographs, tmp_pat
     assert entry["name"] == "PQModel" and measured["dataset"]["split"] == "validation"
     assert measured["metrics"][0] == {"type": "psnr", "name": "PSNR (dB)", "value": scores["psnr"]}
     assert [metric["type"] for metric in measured["metrics"]] == ["psnr", "H_n", "P_n"]
+
+
+def test_the_papers_protocol_sets_what_its_authors_do_and_is_not_contradicted(photographs, tmp_path, capsys):
+    script = runpy.run_path(str(SCRIPT))
+    tiny_model("AutoencoderKL").save_pretrained(tmp_path / "kl")
+    flags = ["--pretrained_model_name_or_path", str(tmp_path / "kl"), "--data_dir", photographs.data_dir]
+    flags += ["--resolution", "32", "--protocol", "paper", "--output_dir", str(tmp_path / "out")]
+    args = script["parse_args"](flags)
+    assert (args.split, args.resize_mode, args.image_interpolation_mode) == ("validation", "stretch", "bilinear")
+    assert args.inception_antialias and args.metrics == list(METRICS)
+    script["main"](script["parse_args"]([*flags, "--metrics", "psnr_pooled", "--dataloader_num_workers", "0"]))
+    (result,) = read_results(tmp_path / "out")
+    assert data_flags(result) == {"protocol": "paper", "data_dir": photographs.data_dir, "resolution": 32}
+    assert "32 x 32, stretched, by the protocol of the paper, 7 pictures" in capsys.readouterr().out
+    assert (tmp_path / "out" / "kl" / "photographs-validation-32-paper" / "results.json").is_file()
+    data = replace(photographs, resize_mode="stretch", image_interpolation_mode="bilinear")
+    (batch,) = data.loader(batch_size=7)
+    with PIL.Image.open(Path(photographs.data_dir, "validation", "4.png")) as picture:
+        expected = np.asarray(picture.resize((32, 32), PIL.Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(to_uint8(batch[4]).permute(1, 2, 0).numpy(), expected)
+    with pytest.raises(SystemExit):
+        script["parse_args"]([*flags, "--resize_mode", "crop"])
+    assert "--protocol paper is with --resize_mode stretch, but crop was given" in capsys.readouterr().err
 
 
 def test_other_pictures_make_another_table(photographs, tmp_path):

@@ -2,8 +2,8 @@
 
 import argparse
 
-from ..metrics import METRICS
-from .reconstruction import RESIZE_MODES
+from ..metrics import DEFAULT_METRICS, METRICS
+from .reconstruction import PROTOCOLS, RESIZE_MODES
 from .systems import SYSTEMS, systems_table
 
 
@@ -31,6 +31,12 @@ def parse_reconstruction_args(argv: list[str] | None = None, description: str | 
     data = parser.add_argument_group("data")
     _add_data_arguments(data)
     data.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="measure as the paper's authors do: the validation split, whole pictures made square with a bilinear "
+        "filter, all metrics, those of Inception as torchmetrics resizes for it; psnr_pooled is their PSNR",
+    )
+    data.add_argument(
         "--resize_mode",
         choices=RESIZE_MODES,
         default="crop",
@@ -46,12 +52,21 @@ def parse_reconstruction_args(argv: list[str] | None = None, description: str | 
     data.add_argument("--streaming", action="store_true", help="read while evaluating instead of downloading first")
     data.add_argument("--cache_dir", help="of the dataset")
     run = parser.add_argument_group("run")
-    run.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all")
+    run.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=list(DEFAULT_METRICS),
+        help="default: all but kid and inception_score, with --protocol all",
+    )
     run.add_argument("--batch_size", type=int, default=16, help="per process")
     run.add_argument("--dataloader_num_workers", type=int, default=4, help="per process")
     run.add_argument("--checkpointing_steps", type=int, default=50, help="batches between two savings")
     run.add_argument("--output_dir", default="evaluation")
+    parser.set_defaults(inception_antialias=False)
     args = parser.parse_args(argv)
+    if args.protocol is not None:
+        args = _parse_with_protocol(parser, argv, args.protocol)
     args.systems = dict(_named_system(parser, entry) for entry in args.systems or ())
     return args
 
@@ -82,6 +97,16 @@ def parse_generation_args(argv: list[str] | None = None, description: str | None
     data.add_argument("--dataloader_num_workers", type=int, default=4, help="per process")
     parser.add_argument("--output_dir", default="generation")
     return parser.parse_args(argv)
+
+
+def _parse_with_protocol(parser: argparse.ArgumentParser, argv: list[str] | None, protocol: str) -> argparse.Namespace:
+    """The flags, with the protocol's values as defaults that none may contradict."""
+    parser.set_defaults(**PROTOCOLS[protocol], metrics=list(METRICS))
+    args = parser.parse_args(argv)
+    for name, value in PROTOCOLS[protocol].items():
+        if getattr(args, name) != value:
+            parser.error(f"--protocol {protocol} is with --{name} {value}, but {getattr(args, name)} was given")
+    return args
 
 
 def _add_data_arguments(data):

@@ -31,7 +31,7 @@ from ..data.pictures import decode_image, load_images, picture_folder
 from ..files import read_json, write_json, write_text
 from ..images import to_tensor, to_uint8
 from ..measuring import describe_machine
-from ..metrics import METRICS, CodebookUsage, load_metrics
+from ..metrics import DEFAULT_METRICS, CodebookUsage, load_metrics
 from ..reconstruction import codebook_shape, reconstruct, stored_bits_per_pixel
 from .systems import SYSTEMS, load_for_evaluation
 
@@ -40,6 +40,15 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 RESIZE_MODES = ("crop", "stretch")
+PROTOCOLS = {
+    "paper": {
+        "split": "validation",
+        "resize_mode": "stretch",
+        "image_interpolation_mode": "bilinear",
+        "inception_antialias": True,
+    }
+}
+"""How others measure: settings by the protocol's name."""
 
 # key of a result -> column of the table, format
 _SCORE_COLUMNS = {
@@ -47,9 +56,12 @@ _SCORE_COLUMNS = {
     "psnr_pooled": ("PSNR, pooled (dB)", ".2f"),
     "ssim": ("SSIM", ".4f"),
     "rfid": ("rFID", ".4g"),
+    "kid": ("KID", ".4g"),
+    "inception_score": ("IS", ".2f"),
     "cmmd": ("CMMD", ".4g"),
     "lpips_alex": ("LPIPS (alex)", ".4f"),
     "lpips_vgg": ("LPIPS (vgg)", ".4f"),
+    "fd_efficientnet_lite0": ("FD, EfficientNet-Lite0", ".4g"),
     "H_n": ("H_n", ".3f"),
     "P_n": ("P_n", ".3f"),
 }
@@ -339,7 +351,8 @@ def run_evaluation(
     data: EvaluationData,
     output_dir: str | os.PathLike,
     name: str | None = None,
-    metrics: Sequence[str] = tuple(METRICS),
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    inception_antialias: bool = False,
     batch_size: int = 16,
     num_workers: int = 0,
     streaming: bool = False,
@@ -351,7 +364,8 @@ def run_evaluation(
     Evaluate an autoencoder on a dataset, or read the result if that was done. To be called by all processes.
 
     A run that was stopped is taken up again where it last saved. `<output_dir>/<name>/<dataset>-<split>-<resolution>`
-    (`...-stretch` in that mode) gets `results.json` and, for the head of a model card, `model-index.yml`.
+    (`...-stretch` in that mode, `...-paper` by that protocol) gets `results.json` and, for the head of a model card,
+    `model-index.yml`.
 
     Args:
         accelerator (`Accelerator`)
@@ -360,6 +374,7 @@ def run_evaluation(
         output_dir (`str` or `PathLike`): Of all evaluations that belong in one table.
         name (`str`, *optional*): Of the model in the table; default: the last part of its path.
         metrics: Names out of [`~diffusers_pq.metrics.METRICS`]; those that cannot be had are listed as unavailable.
+        inception_antialias (`bool`): See [`~diffusers_pq.metrics.FID`].
         batch_size, num_workers (`int`): Of each process.
         streaming (`bool`): Read the dataset while evaluating instead of downloading it first.
         cache_dir (`str`, *optional*): Of the dataset.
@@ -373,15 +388,17 @@ def run_evaluation(
         ValueError: if an argument is wrong, or the folder holds an evaluation with other settings.
     """
     name = name or Path(pretrained_model_name_or_path).name
-    suffix = "" if data.resize_mode == "crop" else f"-{data.resize_mode}"
+    antialias = {"inception_antialias": True} if inception_antialias else {}
+    protocol = protocol_of(asdict(data) | antialias)
+    suffix = f"-{protocol or data.resize_mode}" if data.resize_mode != "crop" or protocol else ""
     folder = Path(output_dir, name.replace("/", "--"), f"{data.name}-{data.split}-{data.resolution}{suffix}")
     share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     with accelerator.local_main_process_first():  # what must be downloaded, is so once
         model = load_for_evaluation(pretrained_model_name_or_path, **hub_kwargs)
-        collection, unavailable = load_metrics(metrics)
+        collection, unavailable = load_metrics(metrics, inception_antialias)
         loader = data.loader(batch_size, num_workers, streaming, cache_dir, **share)
     model.to(accelerator.device, torch.float32)
-    settings = asdict(data) | {"metrics": sorted(collection), "weights_sha256": weights_digest(model)}
+    settings = asdict(data) | antialias | {"metrics": sorted(collection), "weights_sha256": weights_digest(model)}
     settings |= data.fingerprint(streaming, cache_dir)
     if (folder / RESULTS_FILE).is_file():
         result = read_json(folder / RESULTS_FILE)
@@ -417,9 +434,18 @@ def run_evaluation(
 
 
 def data_flags(result: dict) -> dict[str, str | int]:
-    """The flags, by name, of a result's data that differ from their defaults."""
+    """The flags, by name, of a result's data and protocol that differ from their defaults."""
     data = asdict(_data(result))
-    return {name: data[name] for name, default in _DATA_DEFAULTS.items() if data[name] != default}
+    protocol = protocol_of(result["settings"])
+    flags = {name: data[name] for name, default in _DATA_DEFAULTS.items() if data[name] != default}
+    if protocol is None:
+        return flags
+    return {"protocol": protocol} | {name: flag for name, flag in flags.items() if name not in PROTOCOLS[protocol]}
+
+
+def protocol_of(settings: dict) -> str | None:
+    """The name of the protocol that an evaluation's settings follow, if they follow one."""
+    return next((name for name, values in PROTOCOLS.items() if values.items() <= settings.items()), None)
 
 
 def _data(result: dict) -> EvaluationData:
@@ -475,6 +501,8 @@ def results_table(results: list[dict]) -> str:
     for result in results:
         data = _data(result)
         side = f"{data.resolution} x {data.resolution}" + (", stretched" if data.resize_mode == "stretch" else "")
+        if protocol := protocol_of(result["settings"]):
+            side += f", by the protocol of the {protocol}"
         title = f"{data.name}, {data.split}, {side}, {result['pictures']} pictures"
         sections.setdefault(title, []).append(result)
     return "\n\n".join(f"### {title}\n\n{_section(rows)}" for title, rows in sections.items()) + "\n"
