@@ -115,7 +115,7 @@ class PQLatentsMixin(ImportedByCodeMixin):
     Put before an image pipeline of diffusers, makes it work on the normalised latents of a [`PQModel`]. All that
     depends on the family of pipelines stands in its attributes.
 
-    A pipeline takes what its parent takes, and a `guidance_scale`: the default of `__call__` (else the parent's), saved
+    A pipeline takes what its parent takes, and a `guidance_scale`: the default of `__call__`, else the parent's, saved
     with the pipeline. A model that was adapted to few pictures wants less than its source.
 
     Raises:
