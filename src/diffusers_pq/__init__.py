@@ -29,6 +29,8 @@ _PUBLIC = {
     "StableDiffusionXLPQPipeline": ".pipelines.pipeline_stable_diffusion_xl_pq",
     "StableDiffusionXLPQImg2ImgPipeline": ".pipelines.pipeline_stable_diffusion_xl_pq_img2img",
     "StableDiffusionXLPQInpaintPipeline": ".pipelines.pipeline_stable_diffusion_xl_pq_inpaint",
+    "StableDiffusion3PQPipeline": ".pipelines.pipeline_stable_diffusion_3_pq",
+    "StableDiffusion3PQImg2ImgPipeline": ".pipelines.pipeline_stable_diffusion_3_pq_img2img",
     "LatentDiffusionPQPipeline": ".pipelines.pipeline_latent_diffusion_pq",
     "MaskedPQPipeline": ".pipelines.pipeline_masked_pq",
     # diffusers finds out how to load a component of a third-party library by asking that library for these two.

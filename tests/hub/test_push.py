@@ -14,14 +14,18 @@ from conftest import tiny_config, tiny_unet
 from diffusers import DDIMScheduler
 from hub_stand_in import Hub
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import stable_diffusion, stable_diffusion_xl
+from tiny_pipelines import stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 import diffusers_pq
 from diffusers_pq import PQModel, StableDiffusionPQPipeline
 from diffusers_pq.cli import main
 
 
-FAMILIES = {"StableDiffusionPQPipeline": stable_diffusion, "StableDiffusionXLPQPipeline": stable_diffusion_xl}
+FAMILIES = {
+    "StableDiffusionPQPipeline": stable_diffusion,
+    "StableDiffusionXLPQPipeline": stable_diffusion_xl,
+    "StableDiffusion3PQPipeline": stable_diffusion_3,
+}
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 TRAIN_PQGAN = Path(__file__).parents[2] / "training_scripts" / "train_pqgan.py"
 CARD = "---\nlicense: apache-2.0\nlibrary_name: diffusers\n---\n\n# A tiny one\n"

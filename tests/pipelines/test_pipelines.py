@@ -17,11 +17,13 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from tiny_pipelines import stable_diffusion, stable_diffusion_xl
+from tiny_pipelines import stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from transformers import CLIPTokenizer
 
 from diffusers_pq import (
     PQModel,
+    StableDiffusion3PQImg2ImgPipeline,
+    StableDiffusion3PQPipeline,
     StableDiffusionPQImg2ImgPipeline,
     StableDiffusionPQInpaintPipeline,
     StableDiffusionPQPipeline,
@@ -39,6 +41,7 @@ FAMILIES = {
         StableDiffusionXLPQImg2ImgPipeline,
         StableDiffusionXLPQInpaintPipeline,
     ): stable_diffusion_xl,
+    (StableDiffusion3PQPipeline, StableDiffusion3PQImg2ImgPipeline): stable_diffusion_3,
 }
 PIPELINES = [(pipeline_class, family) for family in FAMILIES for pipeline_class in family]
 SCHEDULERS = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
