@@ -518,12 +518,13 @@ def load_metrics(
     return MetricCollection(available, compute_groups=False), unavailable
 
 
-def load_lpips(backbone: str = "vgg") -> nn.Module:
+def load_lpips(backbone: str = "vgg", pretrained: bool = True) -> nn.Module:
     """
     LPIPS, frozen; its forward takes two image batches in [-1, 1] and returns `[B, 1, 1, 1]`.
 
     Args:
         backbone (`str`): `"alex"`, as usual in evaluation, or `"vgg"`, as usual in training.
+        pretrained (`bool`): `False` gives the backbone random weights, for measurements of time and memory.
 
     Raises:
         WeightsUnavailableError: if the backbone's weights are neither in torch's hub cache nor downloadable.
@@ -531,7 +532,7 @@ def load_lpips(backbone: str = "vgg") -> nn.Module:
     import lpips
 
     try:
-        network = lpips.LPIPS(net=backbone, verbose=False)
+        network = lpips.LPIPS(net=backbone, verbose=False, pnet_rand=not pretrained)
     except OSError as error:  # urllib's URLError is one
         weights = get_model_weights(_LPIPS_BACKBONES[backbone]).IMAGENET1K_V1
         raise _not_downloaded(f"LPIPS ({backbone})", weights.url, error) from error

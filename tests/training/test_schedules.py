@@ -106,3 +106,35 @@ def test_a_flow_of_predicted_latents_ends_at_them_and_is_kept_in_the_config(tmp_
         velocity = scheduler_input(scheduler, picture, latents, timestep)
         latents = scheduler.step(velocity, timestep, latents).prev_sample
     torch.testing.assert_close(latents, picture)
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "flow_matching"])
+def test_offset_noise_is_of_the_target_and_a_perturbation_is_not(objective):
+    scheduler = create_scheduler(objective, "v_prediction" if objective == "diffusion" else "epsilon")
+    latents = torch.zeros(4, 3, 8, 8)
+    seen = {}
+
+    def denoiser(noisy, timesteps, condition):
+        seen["noisy"] = noisy
+        return torch.zeros_like(noisy)
+
+    def run(**options):
+        generator = torch.Generator().manual_seed(0)
+        loss = denoising_loss(denoiser, scheduler, latents, None, generator=generator, **options)
+        return seen["noisy"], loss
+
+    noisy, loss = run()
+    offset_noisy, offset_loss = run(noise_offset=10.0)
+    extra = offset_noisy - noisy
+    torch.testing.assert_close(extra, extra.mean((2, 3), keepdim=True).expand_as(extra), atol=1e-4, rtol=1e-4)
+    assert (offset_loss > loss).all()
+    perturbed_noisy, perturbed_loss = run(input_perturbation=0.5)
+    torch.testing.assert_close(perturbed_loss, loss)
+    ratio = (perturbed_noisy - noisy).std() / noisy.std()
+    assert 0.4 < float(ratio) < 0.6
+
+
+def test_an_adapted_schedule_has_the_prediction_type_that_is_asked_for():
+    assert adapt_schedule(DDPMScheduler(prediction_type="epsilon")).config.prediction_type == "epsilon"
+    adapted = adapt_schedule(DDPMScheduler(), rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert adapted.config.prediction_type == "v_prediction" and adapted.config.rescale_betas_zero_snr

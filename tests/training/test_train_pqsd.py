@@ -17,6 +17,7 @@ from scripts import run_script
 from diffusers_pq import PQModel, StableDiffusionPQPipeline, widen_unet
 from diffusers_pq.autoencoders import channel_weights, encode_latents, scale_latents, set_latent_statistics
 from diffusers_pq.data.latent_cache import load_cached_codes, pack_codes, unpack_codes
+from diffusers_pq.hub.push import check_folder
 from diffusers_pq.training.denoiser import Stage, find_stage
 from diffusers_pq.training.noise import denoising_loss
 from diffusers_pq.training.stable_diffusion import train_clip_tokenizer
@@ -106,6 +107,7 @@ def test_adapts_a_pipeline_in_two_stages_and_resumes_exactly(workspace):
     assert pipeline("a red wall", num_inference_steps=2, output_type="np").images.shape == (1, 40, 40, 3)
     assert json.loads((workspace / "whole" / "best" / "validation.json").read_text())["loss"] > 0
     assert StableDiffusionPQPipeline.from_pretrained(workspace / "whole" / "best", safety_checker=None)
+    assert check_folder(workspace / "whole" / "best").data.library_name == "diffusers"
     expected = unet_weights(workspace / "whole")
     # Within the first stage, at the change of stages, and within the second.
     for step in (1, 2, 4):
@@ -125,8 +127,11 @@ def assert_noise_is_shifted(source, adapted):
 
 
 def test_the_first_stage_trains_the_first_and_last_convolution_only(workspace):
-    extra = ("--vae_name_or_path", workspace / "pq", "--unet_init", "copy_scaled")
+    extra = ("--vae_name_or_path", workspace / "pq", "--unet_init", "copy_scaled", "--prediction_type", "sample")
+    extra += ("--noise_offset", "0.1", "--input_perturbation", "0.1")
     adapt(workspace, "conv", *extra, stages="32:2:1e-2:conv")
+    trained = StableDiffusionPQPipeline.from_pretrained(workspace / "conv", safety_checker=None)
+    assert trained.scheduler.config.prediction_type == "sample"
     source = StableDiffusionPipeline.from_pretrained(workspace / "sd").unet
     start = widen_unet(source, 8, "copy_scaled").state_dict()
     changed = {
@@ -216,8 +221,8 @@ def test_packed_codes_take_whole_bits_and_come_back(size):
 
 
 def test_a_dry_run_counts_the_parts(workspace):
-    result = adapt(workspace, "dry", "--vae_name_or_path", workspace / "pq", "--dry_run")
-    assert "text_encoder: " in result.stdout and "hours for 5 steps" in result.stdout
+    result = adapt(workspace, "dry", "--vae_name_or_path", workspace / "pq", "--dry_run", "--num_train_epochs", "4")
+    assert "text_encoder: " in result.stdout and "hours for 18 steps" in result.stdout  # 9 pictures, 2 in each step
     assert not (workspace / "dry").exists()
 
 
@@ -228,6 +233,8 @@ def test_a_dry_run_counts_the_parts(workspace):
         (("--stages", "30:2:1e-2:all"), "30 must be a multiple of the downsampling factor F = 4"),
         (("--lora_rank", "2", "--unet_init", "random"), "keeps neither a --train_text_encoder nor a UNet of"),
         (("--lora_rank", "2", "--guidance_scale", "2"), "--guidance_scale cannot be saved with the adapter"),
+        (("--num_train_epochs", "1", "--streaming"), "--num_train_epochs: a stream does not say how long it is"),
+        (("--variant", "fp16"), "no such modeling files are available"),
         (("--caption_column", "caption"), "no column 'caption'; the dataset has image, text"),
     ],
 )

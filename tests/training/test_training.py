@@ -23,6 +23,7 @@ from scripts import run_script, start_script
 
 from diffusers_pq import PatchDiscriminator, PQModel
 from diffusers_pq.autoencoders import load_autoencoder
+from diffusers_pq.hub.push import check_folder
 from diffusers_pq.training.checkpoints import (
     checkpoint_step,
     find_checkpoint,
@@ -90,6 +91,7 @@ def test_trains_with_everything_on_and_leaves_a_loadable_model(workspace):
     best = json.loads((workspace / "out" / "best" / "validation.json").read_text())
     assert best["step"] in (3, 6) and {"psnr", "ssim", "H_n", "P_n", "dead", "dead_max"} <= best.keys()
     assert isinstance(load_autoencoder(str(workspace / "out" / "best")), PQModel)
+    assert check_folder(workspace / "out" / "best").data.library_name == "diffusers"
     assert "diffusers_pq" in (workspace / "out" / "README.md").read_text()
     settings = json.loads((workspace / "out" / "training_config.json").read_text())
     assert settings["perceptual_weight"] == 0 and settings["seed"] == 0
@@ -105,6 +107,17 @@ def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(workspace):
     seconds, hours = map(float, re.search(r"time: (\S+) s a step, (\S+) hours for 6 steps", result.stdout).groups())
     assert hours == pytest.approx(6 * seconds / 3600, rel=0.01)
     assert not (workspace / "out").exists()
+
+
+def test_a_dry_run_does_without_the_weights_of_the_perceptual_loss(workspace, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    result = run(workspace, "out", "--dry_run", "--perceptual_weight", "1")
+    assert "Measured with random weights of VGG16" in result.stdout and "hours for 6 steps" in result.stdout
+
+
+def test_epochs_are_counted_in_pictures(workspace):
+    extra = ("--num_train_epochs", "3", "--gradient_accumulation_steps", "2", "--crops_per_image", "2")
+    assert "max_train_steps: 9" in run(workspace, "out", *extra, "--dry_run").stdout  # 12 pictures, 4 in each step
 
 
 def test_skipped_pictures_are_counted_in_the_log(workspace):
@@ -275,6 +288,22 @@ def test_generator_step_leaves_the_discriminator_trainable(model, images):
     assert parts["adversarial_weight"] > 0 and model.quantizer.codebooks.grad.any()
     losses.discriminator_loss(images, output.sample).backward()
     assert all(parameter.grad is not None for parameter in discriminator.parameters())
+
+
+def test_the_discriminator_comes_in_at_its_step(workspace):
+    """Until then, the run is one without it, and its own weights stay as they were."""
+    extra = ("--checkpointing_steps", "1", "--validation_steps", "99", "--max_train_steps", "3")
+    run(workspace, "late", *extra, "--discriminator_start", "2")
+    run(workspace, "never", *extra, "--discriminator_weight", "0")
+
+    def same(left, right, file="model.safetensors"):
+        left, right = (load_file(workspace / folder / file) for folder in (left, right))
+        return all(torch.equal(value, right[name]) for name, value in left.items())
+
+    assert same("late/checkpoint-2", "never/checkpoint-2")
+    assert not same("late/checkpoint-3", "never/checkpoint-3")
+    assert same("late/checkpoint-1", "late/checkpoint-2", "model_1.safetensors")
+    assert not same("late/checkpoint-2", "late/checkpoint-3", "model_1.safetensors")
 
 
 @pytest.mark.parametrize("model", ["pq", "kl"])

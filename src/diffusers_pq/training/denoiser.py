@@ -41,6 +41,7 @@ from .run import (
     build_ema,
     build_lr_scheduler,
     complete_step,
+    count_steps,
     dry_run,
     ema_weights,
     load_split,
@@ -236,6 +237,7 @@ class DenoiserTrainer:
         ema (`EMAModel`, *optional*): Of the denoiser's `learned_parameters`.
         channel_weights (`torch.Tensor`, *optional*): See [`denoising_loss`].
         weighting_scheme (`str`): See [`draw_timesteps`].
+        noise_offset, input_perturbation (`float`): See [`denoising_loss`].
     """
 
     def __init__(
@@ -251,12 +253,15 @@ class DenoiserTrainer:
         ema: EMAModel | None = None,
         channel_weights: torch.Tensor | None = None,
         weighting_scheme: str = "none",
+        noise_offset: float = 0.0,
+        input_perturbation: float = 0.0,
     ):
         self.accelerator = accelerator
         self.denoiser, self.optimizer, self.lr_scheduler = denoiser, optimizer, lr_scheduler
         self.scheduler = scheduler
         self.weighting = {"snr_gamma": snr_gamma, "channel_weights": channel_weights}
         self.weighting |= {"weighting_scheme": weighting_scheme}
+        self.weighting |= {"noise_offset": noise_offset, "input_perturbation": input_perturbation}
         self.steps = FiniteSteps(accelerator, max_grad_norm, max_skipped_steps)
         self.ema = ema
 
@@ -392,6 +397,9 @@ def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: Trai
     task.vae.to(accelerator.device)
     if run.checkpoint is None and data.num_statistics_images:
         _measure_statistics(options, task)
+    if options.optim.num_train_epochs is not None:
+        rows, _ = load_training_data(data, task, task.stages[-1].resolution)
+        count_steps(options.optim, rows, options.optim.train_batch_size, accelerator)
     trainer = _build_trainer(options, accelerator, task)
     denoiser = accelerator.unwrap_model(trainer.denoiser)
     # A dry run measures the last stage, which takes the most time and memory.
@@ -508,6 +516,8 @@ def _build_trainer(options, accelerator, task) -> DenoiserTrainer:
         ema=ema,
         channel_weights=channel_weights(task.vae, noise.channel_weighting),
         weighting_scheme=task.weighting_scheme,
+        noise_offset=noise.noise_offset,
+        input_perturbation=noise.input_perturbation,
     )
 
 

@@ -46,6 +46,8 @@ class LatentDiffusionModelOptions(Options):
 
     vae_name_or_path: str = flag(REQUIRED, "PQModel or another image autoencoder of diffusers; folder or Hub")
     vae_subfolder: str | None = flag(None, 'of the autoencoder, "vae" of a pipeline')
+    revision: str | None = flag(None, "branch, tag or commit of the autoencoder on the Hub; default: main")
+    variant: str | None = flag(None, 'of the autoencoder\'s files, such as "fp16"')
     model_config_name_or_path: str = flag(
         REQUIRED,
         "JSON file of a UNet2DConditionModel or DiTTransformer2DModel; channels, size and classes are filled in",
@@ -144,7 +146,8 @@ def _build_pipeline(options, run, names):
     if run.checkpoint is not None:
         vae = load_pretrained(str(saved_autoencoder(run)))
     else:
-        vae = load_pretrained(model.vae_name_or_path, subfolder=model.vae_subfolder)
+        files = {"subfolder": model.vae_subfolder, "revision": model.revision, "variant": model.variant}
+        vae = load_pretrained(model.vae_name_or_path, **files)
     factor = downsampling_factor(vae)
     check_resolution("--resolution", resolution, factor)
     channels, side = vae.config.latent_channels, resolution // factor

@@ -43,7 +43,10 @@ def shifted_betas(betas: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def adapt_schedule(
-    scheduler: SchedulerMixin, shift: float = 1.0, rescale_betas_zero_snr: bool = False
+    scheduler: SchedulerMixin,
+    shift: float = 1.0,
+    rescale_betas_zero_snr: bool = False,
+    prediction_type: str | None = None,
 ) -> DDIMScheduler:
     """
     The scheduler to adapt a diffusion model with: that of the model, with more noise for larger latents.
@@ -52,18 +55,20 @@ def adapt_schedule(
         scheduler (`SchedulerMixin`): The model's, with betas; any that its config can make a DDIMScheduler of.
         shift (`float`): See [`latent_shift`]; 1 shifts nothing.
         rescale_betas_zero_snr (`bool`): End in pure noise (Lin et al., 2024).
+        prediction_type (`str`, *optional*): `"epsilon"`, `"v_prediction"` or `"sample"`. Default: the model's.
 
     Raises:
         ValueError: if epsilon is to be predicted where there is nothing but noise.
     """
     # Latents have no bounds to be clipped to; DDIM's default is that of pixels.
     adapted = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
-    changes = {}
+    prediction_type = prediction_type or adapted.config.prediction_type
+    changes = {"prediction_type": prediction_type}
     if shift != 1:
         # To the end: after a shift, even the first timestep has noise to be seen.
         changes |= {"trained_betas": shifted_betas(adapted.betas, shift).tolist(), "set_alpha_to_one": True}
     if rescale_betas_zero_snr:
-        _check_prediction_type(adapted.config.prediction_type)
+        _check_prediction_type(prediction_type)
         # From the last timestep, as Lin et al. ask.
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return DDIMScheduler.from_config(adapted.config, **changes)
@@ -200,6 +205,8 @@ def denoising_loss(
     channel_weights: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     weighting_scheme: str = "none",
+    noise_offset: float = 0.0,
+    input_perturbation: float = 0.0,
 ) -> torch.Tensor:
     """
     Mean squared error of the prediction at random timesteps; of predicted latents (`prediction_type` sample) the error
@@ -217,6 +224,10 @@ def denoising_loss(
         generator (`torch.Generator`, *optional*): Of noise and timesteps, on the CPU. Default: the global one of the
             latents' device.
         weighting_scheme (`str`): See [`draw_timesteps`].
+        noise_offset (`float`): Times this, noise that is the same all over a channel is added to the noise
+            (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+        input_perturbation (`float`): Times this, noise is added to the noisy latents that the prediction is not to
+            know of (Ning et al., 2023, "Input Perturbation Reduces Exposure Bias in Diffusion Models").
 
     Returns:
         `torch.Tensor` of shape `(B,)`, float32.
@@ -225,9 +236,18 @@ def denoising_loss(
         ValueError: if the scheduler predicts something else than epsilon, v or latents.
     """
     device = latents.device if generator is None else "cpu"
-    noise = torch.randn(latents.shape, generator=generator, device=device).to(latents.device)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device).to(latents.device)
+
+    noise = normal(*latents.shape)
     timesteps = draw_timesteps(scheduler, len(latents), weighting_scheme, generator, device).to(latents.device)
+    if noise_offset:
+        noise = noise + noise_offset * normal(*latents.shape[:2], 1, 1)
     noisy, target = add_noise(scheduler, latents, noise, timesteps)
+    if input_perturbation:
+        perturbed = noise + input_perturbation * normal(*latents.shape)
+        noisy, _ = add_noise(scheduler, latents, perturbed, timesteps)
     prediction = denoiser(noisy, timesteps, condition).float()
     error = prediction - target
     if predicts_sample(scheduler):

@@ -60,6 +60,7 @@ class OptimisationOptions(Options):
         8, "pictures per process and forward pass", minimum=1, differs="between machines", fixed=True
     )
     max_train_steps: int = flag(1_000_000, "optimisation steps of the whole run", minimum=1)
+    num_train_epochs: int | None = flag(None, "passes over the pictures, instead of --max_train_steps", minimum=1)
     adam_beta1: float = flag(0.9, "decay of Adam's mean of the gradients", minimum=0, below=1)
     adam_beta2: float = flag(0.999, "decay of Adam's mean of their squares", minimum=0, below=1)
     max_grad_norm: float | None = flag(None, "clip gradients to this norm; by default they are not clipped", above=0)
@@ -101,6 +102,9 @@ class RunOptions(Options):
     logging_dir: str = flag("logs", "folder of the logs, within --output_dir", differs="always")
     logging_steps: int = flag(10, "steps between two lines of the log", minimum=1, differs="always")
     report_to: str = flag("tensorboard", 'where logs go: "tensorboard", "wandb", ... or "none"', differs="always")
+    tracker_project_name: str = flag(
+        "diffusers_pq", "project of the logs, where they go to a service", differs="always"
+    )
     checkpointing_steps: int = flag(5000, "steps between two checkpoints", minimum=1, differs="always")
     checkpoints_total_limit: int | None = flag(
         None, "keep only so many of the newest checkpoints; by default all", minimum=1, differs="always"
@@ -166,6 +170,12 @@ class NoiseOptions(Options):
         parse=noise_shift,
     )
     rescale_betas_zero_snr: bool = flag(False, "end in pure noise; needs v prediction")
+    noise_offset: float = flag(
+        0.0, "also add noise that is the same all over a channel, times this; helps with very dark and bright pictures"
+    )
+    input_perturbation: float = flag(
+        0.0, "also add noise that the denoiser is not told of, times this, against exposure bias; 0.1 is usual"
+    )
 
     def check(self):
         if self.noise_shift != "auto" and not self.noise_shift > 0:

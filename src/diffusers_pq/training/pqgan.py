@@ -33,6 +33,7 @@ from .run import (
     build_ema,
     build_lr_scheduler,
     complete_step,
+    count_steps,
     create_accelerator,
     dry_run,
     ema_weights,
@@ -168,7 +169,9 @@ class AutoencoderLoss:
         self.discriminator = discriminator
         self.accelerator = accelerator
 
-    def generator(self, model: ReconstructionModel, images: torch.Tensor, output) -> tuple[torch.Tensor, dict]:
+    def generator(
+        self, model: ReconstructionModel, images: torch.Tensor, output: Reconstruction, adversarial: bool = True
+    ) -> tuple[torch.Tensor, dict]:
         """The loss of the autoencoder and its parts, for a [`Reconstruction`] of `images`."""
         sample = output.sample.float()
         pixel = F.l1_loss(sample, images)
@@ -179,14 +182,14 @@ class AutoencoderLoss:
             reconstruction = reconstruction + self.weights.perceptual * perceptual
             parts["perceptual_loss"] = perceptual.detach()
         loss = reconstruction + self.weights.codebook * output.regularisation
-        if self.discriminator is not None:
-            adversarial = -self._frozen_discriminator(sample).mean()
+        if self.discriminator is not None and adversarial:
+            adversarial_loss = -self._frozen_discriminator(sample).mean()
             last_layer = self.accelerator.unwrap_model(model).autoencoder.decoder.conv_out.weight
             scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
-            ratio = adaptive_weight(reconstruction, adversarial, last_layer, scale)
+            ratio = adaptive_weight(reconstruction, adversarial_loss, last_layer, scale)
             weight = self.weights.discriminator * ratio
-            loss = loss + weight * adversarial
-            parts |= {"adversarial_loss": adversarial.detach(), "adversarial_weight": weight}
+            loss = loss + weight * adversarial_loss
+            parts |= {"adversarial_loss": adversarial_loss.detach(), "adversarial_weight": weight}
         return loss, parts | {"loss": loss.detach()}
 
     def discriminator_loss(self, images: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -266,13 +269,16 @@ class AutoencoderTrainer:
         """Steps of both optimisers that were left out so far."""
         return self.steps.skipped + self.d_steps.skipped
 
-    def step(self, images: torch.Tensor, quantize: bool = True) -> dict[str, torch.Tensor] | None:
+    def step(
+        self, images: torch.Tensor, quantize: bool = True, adversarial: bool = True
+    ) -> dict[str, torch.Tensor] | None:
         """
         Learn from one batch.
 
         Args:
             images (`torch.Tensor` of shape `(B, 3, H, W)`): In [-1, 1], on the accelerator's device.
             quantize (`bool`): `False` trains without the quantiser.
+            adversarial (`bool`): `False` trains without the discriminator, and not the discriminator.
 
         Returns:
             What to log, still on the device; `None` while gradients are being accumulated.
@@ -280,12 +286,14 @@ class AutoencoderTrainer:
         models = [model for model in (self.model, self.discriminator) if model is not None]
         with self.accelerator.accumulate(*models):
             output = self.model(images, quantize=quantize)
-            loss, logs = self.losses.generator(self.model, images, output)
+            loss, logs = self.losses.generator(self.model, images, output, adversarial)
             self.accelerator.backward(loss)
             self.steps.step(self.optimizer, self.model.parameters())
             self.lr_scheduler.step()
             if self.discriminator is not None:
-                logs["discriminator_loss"] = self._discriminator_step(images, output)
+                if adversarial:
+                    logs["discriminator_loss"] = self._discriminator_step(images, output)
+                self.d_scheduler.step()
         self._observe(output)
         if not self.accelerator.sync_gradients:
             return None
@@ -317,7 +325,6 @@ class AutoencoderTrainer:
         loss = self.losses.discriminator_loss(images, output.sample)
         self.accelerator.backward(loss)
         self.d_steps.step(self.d_optimizer, self.discriminator.parameters())
-        self.d_scheduler.step()
         return loss.detach()
 
     def _observe(self, output: Reconstruction):
@@ -416,6 +423,8 @@ class AutoencoderOptions(Options):
     pretrained_model_name_or_path: str | None = flag(
         None, "trained autoencoder to fine-tune", differs="between machines"
     )
+    revision: str | None = flag(None, "branch, tag or commit of that autoencoder on the Hub; default: main")
+    variant: str | None = flag(None, 'of that autoencoder\'s files, such as "fp16"')
     backbone_name_or_path: str | None = flag(
         None, "trained autoencoder (PQModel or AutoencoderKL) whose fitting weights a fresh model starts from"
     )
@@ -428,6 +437,8 @@ class AutoencoderOptions(Options):
     def check(self):
         if (self.model_config_name_or_path is None) == (self.pretrained_model_name_or_path is None):
             raise ValueError("give exactly one of --model_config_name_or_path and --pretrained_model_name_or_path")
+        if (self.revision or self.variant) and not self.pretrained_model_name_or_path:
+            raise ValueError("--revision and --variant are of --pretrained_model_name_or_path")
         if self.backbone_name_or_path and self.pretrained_model_name_or_path:
             raise ValueError("--backbone_name_or_path needs --model_config_name_or_path")
         if self.weight_init == "pca" and not self.model_config_name_or_path:
@@ -494,6 +505,7 @@ class LossOptions(Options):
     codebook_weight: float = flag(1.0, "codebook and commitment loss of a PQModel", minimum=0)
     kl_weight: float = flag(1e-6, "KL divergence of an AutoencoderKL", minimum=0)
     discriminator_weight: float = flag(0.8, "adversarial loss, on top of the adaptive weight", minimum=0)
+    discriminator_start: int = flag(0, "steps before the discriminator and its loss come in", minimum=0)
 
 
 @dataclass(kw_only=True)
@@ -546,12 +558,15 @@ def train_pqgan(options: PQGANOptions, build: Callable[[], nn.Module] | None = N
     _check_accelerator(accelerator, optim, loss)
     run = TrainingRun(options, accelerator, BestModel(options.run.output_dir, "psnr"))
     train_images = load_train_split(data)
+    count_steps(optim, train_images, options.pictures_per_batch, accelerator)
     autoencoder = build_autoencoder(options.model, codebooks) if build is None else build()
     _check_resolution(data.resolution, autoencoder)
     if build is None and options.model.weight_init == "pca" and run.checkpoint is None:
         fit_to_images(options, autoencoder, train_images)
     model = ReconstructionModel(prepare_model(optim, autoencoder, (autoencoder.encoder, autoencoder.decoder)))
-    perceptual_loss = load_perceptual_loss().to(accelerator.device) if loss.perceptual_weight else None
+    perceptual_loss = _build_perceptual_loss(loss, options.run.dry_run)
+    if perceptual_loss is not None:
+        perceptual_loss.to(accelerator.device)
     trainer = _build_trainer(options, accelerator, model, perceptual_loss)
     loader = _build_loader(options, accelerator, train_images, run.step)
     if options.run.dry_run:
@@ -573,7 +588,7 @@ def train_pqgan(options: PQGANOptions, build: Callable[[], nn.Module] | None = N
         if kmeans_pending and quantize:
             _init_codebooks(options, trainer, train_images)
             kmeans_pending = False
-        logs = _take_step(trainer, batches, quantize)
+        logs = _take_step(trainer, batches, quantize, adversarial=run.step >= loss.discriminator_start)
         run.advance()
         if run.is_due(options.run.logging_steps):
             logs |= trainer.codebook_use() | {"lr": trainer.lr_scheduler.get_last_lr()[0]}
@@ -598,7 +613,8 @@ def train_pqgan(options: PQGANOptions, build: Callable[[], nn.Module] | None = N
 def build_autoencoder(model: AutoencoderOptions, codebooks: CodebookOptions) -> nn.Module:
     """The autoencoder that the options ask for."""
     if model.pretrained_model_name_or_path:
-        autoencoder = load_autoencoder(model.pretrained_model_name_or_path).train()
+        files = {"revision": model.revision, "variant": model.variant}
+        autoencoder = load_autoencoder(model.pretrained_model_name_or_path, **files).train()
     else:
         overrides = {"codebook_distance": codebooks.codebook_distance} if codebooks.codebook_distance else {}
         autoencoder = create_autoencoder(model.model_config_name_or_path, **overrides)
@@ -653,6 +669,18 @@ def _init_codebooks(options, trainer, train_images):
     kmeans_codebooks(autoencoder.quantizer, collect_latents(autoencoder, first_crops(options, train_images), wanted))
     broadcast(autoencoder.quantizer.codebooks.data)
     trainer.restart_codebook_averages()
+
+
+def _build_perceptual_loss(loss, is_dry_run):
+    if not loss.perceptual_weight:
+        return None
+    try:
+        return load_perceptual_loss()
+    except WeightsUnavailableError as error:
+        if not is_dry_run:
+            raise
+        logger.warning("Measured with random weights of VGG16: %s", error)
+        return load_lpips("vgg", pretrained=False)
 
 
 def _build_loader(options, accelerator, train_images, step):
@@ -759,6 +787,6 @@ def _build_trainer(options, accelerator, model, perceptual_loss):
     )
 
 
-def _take_step(trainer, batches, quantize):
+def _take_step(trainer, batches, quantize, adversarial=True):
     device = trainer.accelerator.device
-    return complete_step(lambda: trainer.step(next(batches).to(device, non_blocking=True), quantize))
+    return complete_step(lambda: trainer.step(next(batches).to(device, non_blocking=True), quantize, adversarial))

@@ -132,7 +132,7 @@ class TrainingRun:
         folder = Path(self.options.run.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "training_config.json", self.options.settings())
-        self.accelerator.init_trackers("diffusers_pq")
+        self.accelerator.init_trackers(self.options.run.tracker_project_name)
         if self.options.run.push_to_hub:
             repo_id = self.options.run.hub_model_id or folder.name
             self.uploads = HubUploads(repo_id, str(folder), self.options.run.hub_token)
@@ -179,10 +179,15 @@ class TrainingRun:
                 tracker.log_images({"validation/pictures": grid}, step=self.step, **options)
 
     def keep_if_best(self, save: Callable[[Path], object], scores: dict[str, float]):
-        """Let a model whose score is the best yet be saved, and start its upload; to be called by all processes."""
+        """
+        Let a model whose score is the best yet be saved with its card, and start its upload; to be called by all
+        processes.
+        """
         is_main = self.accelerator.is_main_process
-        if self.best.offer(save, scores, self.step, is_main) and self.uploads is not None:
-            write_run_card(self.best.folder, self.options.settings(), self.step, self._scores)
+        if not self.best.offer(save, scores, self.step, is_main) or not is_main:
+            return
+        write_run_card(self.best.folder, self.options.settings(), self.step, self._scores)
+        if self.uploads is not None:
             self.uploads.start(self.best.folder, f"step {self.step}, the best yet")
 
     def finish(self, save: Callable[[Path], object]):
@@ -298,6 +303,26 @@ def ema_weights(ema: EMAModel | None, parameters: Iterable[nn.Parameter]) -> Ite
         yield
     finally:
         ema.restore(parameters)
+
+
+def count_steps(
+    optim: OptimisationOptions,
+    rows: datasets.Dataset | datasets.IterableDataset,
+    pictures_per_batch: int,
+    accelerator: Accelerator,
+):
+    """
+    Set `max_train_steps` to those of `--num_train_epochs`, where that is given.
+
+    Raises:
+        ValueError: if the rows are a stream, whose length is unknown.
+    """
+    if optim.num_train_epochs is None:
+        return
+    if isinstance(rows, datasets.IterableDataset):
+        raise ValueError("--num_train_epochs: a stream does not say how long it is; give --max_train_steps.")
+    pictures_per_step = pictures_per_batch * optim.gradient_accumulation_steps * accelerator.num_processes
+    optim.max_train_steps = math.ceil(optim.num_train_epochs * len(rows) / pictures_per_step)
 
 
 def build_ema(optim: OptimisationOptions, accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> EMAModel:

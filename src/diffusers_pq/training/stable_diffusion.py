@@ -100,6 +100,8 @@ class AdaptationModelOptions(Options):
     title: ClassVar[str] = "model"
 
     pretrained_model_name_or_path: str = flag(REQUIRED, "Stable Diffusion pipeline to adapt")
+    revision: str | None = flag(None, "branch, tag or commit of that pipeline on the Hub; default: main")
+    variant: str | None = flag(None, 'of that pipeline\'s files, such as "fp16"')
     vae_name_or_path: str | None = flag(None, "PQModel or AutoencoderKL; default: the pipeline's own")
     unet_init: str = flag(
         "copy",
@@ -150,6 +152,15 @@ class StagedOptimisationOptions(DenoiserOptimisationOptions):
 
 
 @dataclass(kw_only=True)
+class AdaptationNoiseOptions(NoiseOptions):
+    """How latents are mixed with noise, what is predicted, and how errors weigh."""
+
+    prediction_type: str | None = flag(
+        None, "what the UNet is to predict; default: what it does", choices=("epsilon", "v_prediction", "sample")
+    )
+
+
+@dataclass(kw_only=True)
 class AdaptationRunOptions(DenoiserRunOptions):
     """Output, logs, checkpoints and the Hub."""
 
@@ -167,7 +178,7 @@ class AdaptationOptions(DenoiserOptions):
     model: AdaptationModelOptions
     data: CaptionedDataOptions
     optim: StagedOptimisationOptions
-    noise: NoiseOptions
+    noise: AdaptationNoiseOptions
     run: AdaptationRunOptions
 
     def check(self):
@@ -204,10 +215,11 @@ def _build_pipeline(options, run):
     model, stages = options.model, options.optim.stages
     source = model.pretrained_model_name_or_path
     with folder_or_hub(source):
-        is_pq = DiffusionPipeline.load_config(source)["vae"][-1] == "PQModel"
+        is_pq = DiffusionPipeline.load_config(source, revision=model.revision)["vae"][-1] == "PQModel"
     source_class = StableDiffusionPQPipeline if is_pq else StableDiffusionPipeline
     # In float32 whatever it is stored in: mixed precision is the accelerator's.
-    pipeline = source_class.from_pretrained(source, safety_checker=None, dtype=torch.float32)
+    files = {"revision": model.revision, "variant": model.variant}
+    pipeline = source_class.from_pretrained(source, safety_checker=None, dtype=torch.float32, **files)
     if run.checkpoint is not None:
         vae = load_autoencoder(str(saved_autoencoder(run)))
     else:
@@ -233,7 +245,7 @@ def _build_scheduler(noise, pipeline, latent_channels, side):
     config = pipeline.unet.config
     base = config.in_channels * config.sample_size**2
     shift = latent_shift(latent_channels, side, side, base) if noise.noise_shift == "auto" else noise.noise_shift
-    return adapt_schedule(pipeline.scheduler, shift, noise.rescale_betas_zero_snr)
+    return adapt_schedule(pipeline.scheduler, shift, noise.rescale_betas_zero_snr, noise.prediction_type)
 
 
 def _build_unet(options, unet, latent_channels):
