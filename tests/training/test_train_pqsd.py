@@ -173,7 +173,7 @@ def test_trains_lora_layers_that_our_pipelines_load(workspace):
     other = StableDiffusionPQPipeline.from_stable_diffusion(
         workspace / "sd", vae=PQModel(**tiny_config(latent_channels=12, latents_mean=None, latents_std=None))
     )
-    with pytest.raises(ValueError, match="The adapter is for 8 latent channels, but the UNet has 12"):
+    with pytest.raises(ValueError, match="The adapter is for 8 latent channels, but the `unet` has 12"):
         other.load_lora_weights(workspace / "lora")
 
 
