@@ -15,10 +15,12 @@ from diffusers import DDIMScheduler
 from hub_stand_in import Hub
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import diffusers_pq
 from diffusers_pq import PQModel, StableDiffusionPQPipeline
 from diffusers_pq.cli import main
+from diffusers_pq.hub.push import check_folder
 
 
 FAMILIES = {
@@ -30,6 +32,7 @@ PIPELINES = Path(__file__).parents[2] / "pipelines"
 TRAIN_PQGAN = Path(__file__).parents[2] / "training_scripts" / "train_pqgan.py"
 CARD = "---\nlicense: apache-2.0\nlibrary_name: diffusers\n---\n\n# A tiny one\n"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+VARIANT = "diffusion_pytorch_model.fp16.safetensors"
 OBJECT = r"/\w{64}"  # path of a large file in the storage
 
 # What every client begins with.
@@ -265,6 +268,7 @@ def test_push_uploads_a_checked_folder_once(hub, client, root):
 import contextlib
 import io
 from diffusers_pq.cli import main
+from diffusers_pq.hub.push import check_folder
 
 def push(*arguments):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -348,6 +352,34 @@ def test_push_refuses_a_folder_that_is_not_whole(name, damage, message, root, tm
     damage(folder)
     assert main(["push", str(folder), "org/damaged"]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model", "pipeline"])
+def test_weights_of_a_variant_alone_are_fit_to_be_pushed(name, root, tmp_path):
+    shutil.copytree(root / name, tmp_path / name)
+    paths = list((tmp_path / name).rglob(WEIGHTS))
+    for path in paths:
+        path.rename(path.with_name(VARIANT))
+    assert paths and check_folder(tmp_path / name).data.license == "apache-2.0"
+
+
+@pytest.mark.parametrize("part", ["model", "pipeline/vae", "pipeline/text_encoder"])
+def test_a_damaged_variant_beside_whole_weights_is_noticed(part, root, tmp_path):
+    for name in ("model", "pipeline"):
+        shutil.copytree(root / name, tmp_path / name)
+    config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    CLIPTextModel(CLIPTextConfig(**config, vocab_size=9)).save_pretrained(tmp_path / "pipeline/text_encoder")
+    index = json.loads((tmp_path / "pipeline/model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "CLIPTextModel"]
+    (tmp_path / "pipeline/model_index.json").write_text(json.dumps(index))
+    folder = tmp_path / part.split("/")[0]
+    (whole,) = (tmp_path / part).glob("*model.safetensors")
+    variant = whole.with_name(whole.name.replace("model.", "model.fp16."))
+    shutil.copy(whole, variant)
+    check_folder(folder)
+    variant.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(OSError, match="Unable to load|damaged"):
+        check_folder(folder)
 
 
 def test_push_takes_a_configuration_without_weights_and_says_so(root, tmp_path, caplog, capsys):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 # Of a training run's output folder: checkpoints, logs, and what a killed run has left behind.
 NOT_UPLOADED = ("checkpoint-*", "unfinished-*", "old-*", "upload-*", "logs")
+
+# Weights of diffusers or transformers, whole or in shards, and between dots the variant.
+_WEIGHTS_FILE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
 def push_folder(
@@ -98,7 +102,8 @@ def _ensure_revision(api: HfApi, repo_id: str, revision: str):
 
 def check_folder(folder: str | os.PathLike) -> ModelCard:
     """
-    Check that a folder is fit to be pushed: a model or a pipeline whose weights load, and a card with metadata.
+    Check that a folder is fit to be pushed: a model or a pipeline whose weights load, in all variants that are there,
+    and a card with metadata.
 
     Both may come without weights, as a configuration alone. A warning says so, and what the card's metadata lacks for
     the Hub to show the model as one of diffusers.
@@ -167,14 +172,27 @@ def _load_pipeline(folder: Path, load_part: Callable[[Path], diffusers.ModelMixi
     for config_file in folder.glob("*/config.json"):
         if "_class_name" in read_json(config_file):
             components[config_file.parent.name] = load_part(config_file.parent)
-    try:
-        _named_class(folder / "model_index.json").from_pretrained(folder, use_safetensors=True, **components)
-    except SafetensorError as error:
-        raise OSError(f"The weights in {folder} are damaged: {error}") from error
+    others = {variant for name in index.keys() - components.keys() for variant in _variants(folder / name)}
+    for variant in others or {None}:
+        try:
+            _named_class(folder / "model_index.json").from_pretrained(
+                folder, use_safetensors=True, variant=variant, **components
+            )
+        except SafetensorError as error:
+            raise OSError(f"The weights in {folder} are damaged: {error}") from error
 
 
 def _load_model(folder: Path) -> diffusers.ModelMixin:
-    return load_whole_model(_named_class(folder / "config.json"), folder)
+    """The model in a folder, after all variants of its weights there have been loaded."""
+    model_class = _named_class(folder / "config.json")
+    models = [load_whole_model(model_class, folder, variant=variant) for variant in _variants(folder) or [None]]
+    return models[0]
+
+
+def _variants(folder: Path) -> list[str | None]:
+    """The variants in which a folder holds weights, `"fp16"` for one; first `None`, what loads without a `variant`."""
+    found = {match[1] for path in folder.glob("*") if (match := _WEIGHTS_FILE.fullmatch(path.name))}
+    return sorted(found, key=lambda variant: variant or "")
 
 
 def build_model(folder: Path) -> diffusers.ModelMixin:
