@@ -51,6 +51,8 @@ dev = [
     "sybil>=10.0",
     "selenium>=4.30",
     "build>=1.2",
+    "onnxruntime>=1.20",
+    "onnxscript>=0.5",
     "ruff>=0.12",
 ]
 

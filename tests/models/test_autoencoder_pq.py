@@ -6,6 +6,7 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from conftest import tiny_config, tiny_unet
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
@@ -108,6 +109,16 @@ def test_codes_decode_when_the_model_is_offloaded(offload, model, images):
         model._hf_hook.pre_forward = lambda module: moved.append(1)
     torch.testing.assert_close(model.decode_codes(codes).sample, expected)
     assert moved, "the codebooks would have stayed where they are"
+
+
+@torch.no_grad()
+def test_attention_processors_can_be_replaced_and_put_back(model, images):
+    before = model.encode(images).latents
+    model.set_attn_processor(lambda attention, hidden_states, **_: torch.zeros_like(hidden_states))
+    assert not torch.allclose(model.encode(images).latents, before)
+    model.set_default_attn_processor()
+    assert {type(processor) for processor in model.attn_processors.values()} == {AttnProcessor}
+    torch.testing.assert_close(model.encode(images).latents, before)
 
 
 def test_moves_between_dtypes_and_devices(model, images):

@@ -6,12 +6,14 @@ import torch
 import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .quantizer import ProductQuantizer, ProductQuantizerOutput, bits_per_code
+from .search import is_exporting
 from .tiling import blend_tiles
 
 
@@ -51,7 +53,8 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     Synthesis, section 3).
 
     This model inherits from [`ModelMixin`]. Check the superclass documentation for its generic methods implemented for
-    all models (such as downloading or saving). It can stand in for the `vae` of the Stable Diffusion pipelines.
+    all models (such as downloading or saving). It can stand in for the `vae` of diffusers' Stable Diffusion pipelines,
+    which ignore `latents_mean` and `latents_std`; those of this package do not.
 
     Parameters:
         in_channels (`int`, *optional*, defaults to 3): Number of channels in the input image.
@@ -170,6 +173,10 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     def bits_per_pixel(self) -> float:
         """Size of the codes of a picture, S ceil(log2 K) / F^2, in bits per image pixel."""
         return self.config.num_subspaces * bits_per_code(self.config.codebook_size) / self.downsampling_factor**2
+
+    def set_default_attn_processor(self):
+        """Go back from custom attention processors to the default ones."""
+        self.set_attn_processor(AttnProcessor())
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> PQEncoderOutput | tuple[torch.Tensor]:
@@ -357,7 +364,9 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
 
 def _fastest_layout(x: torch.Tensor) -> torch.Tensor:
     """On a CPU channels_last, which saves up to a third of the time (`benchmarks/model_speed.py`); else as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    if x.device.type != "cpu" or is_exporting():  # what is exported need not run here
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _check_levels(block_out_channels: tuple[int, ...], **block_types: tuple[str, ...]):

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
-from .search import nearest_codes
+from .search import is_exporting, nearest_codes
 
 
 @dataclass
@@ -99,7 +99,8 @@ class ProductQuantizer(nn.Module):
 
     def split(self, latents: torch.Tensor) -> torch.Tensor:
         """`[B, d, h, w]` latents to `[B, S, d/S, h*w]`; channels s d/S to (s+1) d/S - 1 are subspace s."""
-        return latents.flatten(2).unflatten(1, (self.num_subspaces, -1))
+        batch_size, channels, height, width = latents.shape
+        return latents.reshape(batch_size, self.num_subspaces, channels // self.num_subspaces, height * width)
 
     def sub_vectors(self, latents: torch.Tensor) -> torch.Tensor:
         """What is compared with `entries`: [`split`] in float32, `[B, S, d/S, h*w]`, of length 1 for the cosine."""
@@ -154,7 +155,8 @@ class ProductQuantizer(nn.Module):
         self._check_latents(latents)
         with torch.autocast(latents.device.type, enabled=False):
             z_e = self.sub_vectors(latents)
-            codes = nearest_codes(z_e, self.entries, self.training).unflatten(2, latents.shape[2:])
+            codes = nearest_codes(z_e, self.entries, self.training)
+            codes = codes.reshape(latents.shape[0], self.num_subspaces, *latents.shape[2:])
             z_q = self.split(self._lookup(codes).float())
             # Eq. 1: |z_e - sg(z_q)|^2 + beta |sg(z_e) - z_q|^2
             loss = F.mse_loss(z_e, z_q.detach()) + self.commitment_beta * F.mse_loss(z_q, z_e.detach())
@@ -169,7 +171,7 @@ class ProductQuantizer(nn.Module):
                 f"`latents` must have shape [batch, {self.latent_channels}, height, width] (latent_channels = "
                 f"{self.latent_channels}), but have shape {list(latents.shape)}."
             )
-        if self.training or torch.compiler.is_compiling():
+        if self.training or torch.compiler.is_compiling() or is_exporting():
             return
         if not latents.isfinite().all():
             bad = int((~latents.isfinite()).sum())
@@ -184,7 +186,7 @@ class ProductQuantizer(nn.Module):
                 f"`codes` must be integers of shape [batch, {self.num_subspaces}, height, width] (num_subspaces = "
                 f"{self.num_subspaces}), but are {codes.dtype} of shape {list(codes.shape)}."
             )
-        if self.training or torch.compiler.is_compiling() or codes.numel() == 0:
+        if self.training or torch.compiler.is_compiling() or is_exporting() or codes.numel() == 0:
             return
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= self.codebook_size:

@@ -48,9 +48,16 @@ def nearest_codes(vectors: torch.Tensor, codebooks: torch.Tensor, training: bool
     """
     with torch.autocast(vectors.device.type, enabled=False):
         vectors, codebooks = vectors.float().contiguous(), codebooks.detach().float()
+        if is_exporting():
+            return _plain_search(vectors, codebooks)
         if vectors.is_cuda and torch.compiler.is_compiling() and codebooks.shape[-1] <= _MAX_FUSED_DIMENSION:
             return _nearest(vectors, codebooks)
         return _search(vectors, codebooks, training)
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` or `torch.onnx` are at work, whose graphs must do without this package."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 # Opaque to torch.compile, which would otherwise unroll the loop over chunks or store distances that are used twice.
@@ -111,6 +118,14 @@ def _product_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.Lon
             for part in rows.split(rows_at_once, dim=1)
         ]
     return torch.cat(codes, dim=1).view(subspaces, batch_size, count).transpose(0, 1)
+
+
+def _plain_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
+    """[`_product_search`] of standard operations alone, all distances at once, for batches of any size."""
+    origin = codebooks.mean(1, keepdim=True)
+    codebooks = codebooks - origin
+    products = codebooks @ (vectors - origin.transpose(1, 2))
+    return (codebooks.square().sum(-1, keepdim=True) - 2 * products).argmin(2)
 
 
 @contextlib.contextmanager
