@@ -8,7 +8,8 @@ figure with crops and difference maps (the form of Figures 1 and 7).
 A model is a folder, a Hub repository or one of the systems that `evaluate_reconstruction.py --list_systems` prints.
 So, with the models of Figure 1:
 
-    python benchmarks/reconstruct_photographs.py --models F8=pqgan-f8 F16=pqgan-f16 SD2.1=sd21-vae \\
+    python benchmarks/reconstruct_photographs.py \\
+        --models F8=runs/pqgan-f8-768 F16=runs/pqgan-f16-d256-768 SD2.1=sd21-vae \\
         --pictures street.jpg --crops street=640,300 --crop_side 128 --output_dir outputs/figure1
 """
 

@@ -157,6 +157,7 @@ def run_bottleneck(name, config, args):
     usual = pqgan.PQGANOptions.of({"model_config_name_or_path": args.model_config})
     if given := list(unlike(usual.settings(), options.settings(), NOT_FOR_ALL)):
         raise ValueError(f"Not all bottlenecks know --{', --'.join(given)}: leave it out.")
+    options.optim.share_out_batch(PartialState().num_processes)
     settings = options.settings() | {
         key: getattr(args, key) for key in ("vq_codebook_size", "eval_resolution", "max_eval_samples")
     }
@@ -200,6 +201,7 @@ def cell(scores, key, spec):
 def markdown_table(results):
     settings = results[0]["settings"]
     data = Path(settings["dataset_name"] or settings["train_data_dir"]).name
+    batch = settings["total_batch_size"] or settings["train_batch_size"]
     names = [name for name in COLUMNS if any(name in result["validation"]["scores"] for result in results)]
     photo_names = [name for name in names if name in PHOTOGRAPH_METRICS]
     head = ["bottleneck", "d", "S", "K", "bits per latent pixel", "bits per pixel"]
@@ -220,7 +222,7 @@ def markdown_table(results):
     return "\n".join(
         [
             f"`experiments/quantizer_comparison.py`, {max(result['date'] for result in results)}, {first['machine']}: "
-            f"{settings['max_train_steps']} steps of {settings['train_batch_size']} crops of "
+            f"{settings['max_train_steps']} steps of {batch} crops of "
             f"{settings['resolution']} px of {data} for each; means over {first['photographs']['pictures']} whole "
             f"photographs that were never trained on and {first['validation']['pictures']} validation pictures of "
             f"{settings['eval_resolution']} px.",

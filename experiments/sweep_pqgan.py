@@ -3,7 +3,7 @@
 
     # The paper's grid, one of many workers, each on a machine of its own; all see the folder
     python experiments/sweep_pqgan.py --output_dir /shared/sweep --launcher "accelerate launch" \\
-        --config training_scripts/recipes/pqgan-f8.yaml --streaming --train_batch_size 5
+        --config training_scripts/recipes/pqgan-f16.yaml --streaming
 
 Flags that are not listed here go to `train_pqgan.py`; of its model only d, S and K are varied. Start a worker on each
 machine, at any time and again after a crash: it takes the next free configuration, skips what is done and goes on

@@ -126,3 +126,69 @@ def test_the_script_puts_the_papers_scores_beside_those_of_a_system(photographs,
     with pytest.raises(SystemExit):
         script["parse_args"](["--list_systems"])
     assert systems_table().strip() in capsys.readouterr().out
+
+
+# As printed; rows without a method belong to the one above. CMMD is called CMMMD there.
+TABLE_1 = """
+VQGAN       | VQ  | 16 | 256 | 16 384  | 19.7 | 4.98  | 0.422 | 0.1633
+            | VQ  | 16 | 256 | 1 024   | 19.4 | 7.94  | 0.862 | 0.1834
+VQGAN (LDM) | VQ  | 16 | 8   | 16 384  | 20.6 | 5.51  | 0.621 | 0.1462
+            | VQ  | 8  | 4   | 16 384  | 23.1 | 1.29  | 0.258 | 0.0815
+            | VQ  | 4  | 3   | 256     | 26.4 | 0.47  | -     | -
+VQGAN-LC    | VQ  | 16 | 8   | 100 000 | 23.8 | 2.62  | 0.240 | 0.1280
+            | VQ  | 8  | 4   | 100 000 | 27.0 | 1.29  | 0.080 | 0.0712
+ViT-VQGAN   | VQ  | 8  | 32  | 8 192   | -    | 1.28  | -     | -
+Mo-VQGAN    | MCQ | 16 | 256 | 1 024   | 22.4 | 1.12  | -     | 0.1132
+RQ-VAE      | RQ  | 32 | 256 | 16 384  | -    | 2.69  | -     | -
+LDM VAE     | KL  | 16 | 16  | -       | 24.0 | 0.87  | 0.198 | 0.0665
+            | KL  | 8  | 4   | -       | 24.2 | 0.94  | 0.168 | 0.0651
+            | KL  | 4  | 3   | -       | 28.1 | 0.27  | 0.080 | 0.0282
+SDv2.1 VAE  | KL  | 8  | 4   | -       | 25.3 | 0.75  | 0.133 | 0.0610
+SDXL VAE    | KL  | 8  | 4   | -       | 25.3 | 0.74  | 0.148 | 0.0573
+PQGAN       | PQ  | 32 | 256 | 256     | 24.6 | 0.90  | 0.164 | 0.0621
+            | PQ  | 16 | 128 | 128     | 28.3 | 0.41  | 0.094 | 0.0304
+            | PQ  | 8  | 128 | 512     | 37.4 | 0.036 | 0.011 | 0.0024
+"""
+# FFHQ: rFID, PSNR, CMMD, LPIPS; LSUN: the same
+TABLE_2 = """
+VQGAN-LC   | 32 x 32 | 3.35 | 29.6 | 0.094 | 0.0390 | 7.01 | 24.7 | 0.261 | 0.0711
+SDv2.1 VAE | 32 x 32 | 1.57 | 29.9 | 0.086 | 0.0284 | 5.51 | 25.0 | 0.321 | 0.0629
+SDXL VAE   | 32 x 32 | 1.77 | 30.0 | 0.122 | 0.0284 | 6.00 | 24.9 | 0.317 | 0.0566
+PQGAN      | 16 x 16 | 0.54 | 33.3 | 0.190 | 0.0138 | 4.77 | 27.9 | 0.353 | 0.0315
+           | 32 x 32 | 0.13 | 42.1 | 0.021 | 0.0012 | 0.62 | 38.3 | 0.189 | 0.0022
+"""
+
+
+def printed_rows(table):
+    method = None
+    for line in table.strip("\n").splitlines():
+        first, *cells = (cell.strip() for cell in line.split("|"))
+        method = first or method
+        yield method, cells
+
+
+def test_the_scores_are_those_of_table_1_digit_by_digit():
+    rows = list(printed_rows(TABLE_1))
+    assert len(rows) == len(SYSTEMS)
+    for system, (method, (latent, factor, channels, size, *scores)) in zip(SYSTEMS.values(), rows):
+        assert (system.method, system.latent) == (method, latent)
+        shape = (system.downsampling_factor, system.latent_channels, system.codebook_size)
+        assert shape == (int(factor), int(channels), None if size == "-" else int(size.replace(" ", "")))
+        names = ("psnr", "rfid", "cmmd", "lpips_alex")
+        assert system.paper["ImageNet"] == {name: score for name, score in zip(names, scores) if score != "-"}
+
+
+def test_the_scores_are_those_of_table_2_digit_by_digit():
+    printed = {}
+    for method, (latents, *scores) in printed_rows(TABLE_2):
+        names = ("rfid", "psnr", "cmmd", "lpips_alex")
+        by_dataset = {"FFHQ": dict(zip(names, scores[:4])), "LSUN": dict(zip(names, scores[4:]))}
+        printed[method, 256 // int(latents.split(" x ")[0])] = by_dataset
+    recorded = {
+        (system.method, system.downsampling_factor): {
+            name: scores for name, scores in system.paper.items() if name != "ImageNet"
+        }
+        for system in SYSTEMS.values()
+        if len(system.paper) > 1
+    }
+    assert recorded == printed

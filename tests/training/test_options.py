@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 from diffusers_pq.flags import parse_args_with_recipe
+from diffusers_pq.training.options import OptimisationOptions
+from diffusers_pq.training.pqgan import AutoencoderOptimisationOptions
 
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "training_scripts" / "recipes").glob("*.yaml"))
+RECIPE_FOLDER = ROOT / "training_scripts" / "recipes"
+RECIPES = sorted(RECIPE_FOLDER.glob("*.yaml"))
 
 
 @pytest.fixture
@@ -72,34 +75,114 @@ def parse_recipe(recipe, *needed):
     return script["parse_args"](["--config", str(recipe), *needed])
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_fit_their_scripts(recipe, monkeypatch):
+# As printed; a row of PQSD is a stage of its training.
+TABLE_4 = """
+PQGAN (All)         | ImageNet      | 256 x 256   | 1M   | 20 | 4.5e-6
+PQGAN (Fine-Tuning) | ImageNet      | 768 x 768   | 200k | 15 | 4.5e-6
+PQSD-Precise        | Unsplash-Full | 384 x 384   | 20k  | 32 | 8e-5
+PQSD-Precise        | Unsplash-Full | 768 x 768   | 800k | 32 | 8e-5
+PQSD-Precise        | Unsplash-Full | 768 x 768   | 200k | 32 | 2e-5
+PQSD-Quick          | Unsplash-Full | 384 x 384   | 20k  | 32 | 8e-5
+PQSD-Quick          | Unsplash-Full | 768 x 768   | 800k | 32 | 8e-5
+PQSD-Quick          | Unsplash-Full | 768 x 768   | 200k | 32 | 2e-5
+PQSD-HR             | Unsplash-Full | 384 x 384   | 20k  | 32 | 8e-5
+PQSD-HR             | Unsplash-Full | 768 x 768   | 400k | 32 | 8e-5
+PQSD-HR             | Unsplash-Full | 1024 x 1024 | 400k | 32 | 8e-5
+PQSD-HR             | Unsplash-Full | 1536 x 1536 | 200k | 32 | 2e-5
+"""
+# Recipe -> row of Table 4
+PAPERS_RECIPES = {
+    **dict.fromkeys(("pqgan-f8", "pqgan-f16", "pqgan-f16-d256", "pqgan-f32"), "PQGAN (All)"),
+    **dict.fromkeys(("pqgan-f8-768", "pqgan-f16-768", "pqgan-f16-d256-768", "pqgan-f32-768"), "PQGAN (Fine-Tuning)"),
+    **{"pqsd-precise": "PQSD-Precise", "pqsd-quick": "PQSD-Quick", "pqsd-hr": "PQSD-HR"},
+}
+# Table 5: batch size and steps
+LDM = ("ldm-f8", "ldm-f16", "ldm-sd-vae", "ldm-dit-f8", "ldm-dit-f16")
+# What the mini recipes leave to the command line
+MINI = {
+    "pqgan-mini": ("--model_config_name_or_path", "model_cards/pqgan-mini-f8-pq"),
+    "pqgan-mini-sweep": (),
+    "sd-mini": ("--pretrained_model_name_or_path", "runs/sd-mini-untrained"),
+    "ldm-mini": ("--vae_name_or_path", "model_cards/pqgan-mini-f8-pq"),
+}
+
+
+def table_4():
+    """Model -> its rows as (side, steps, batch size, learning rate)."""
+    rows = {}
+    for line in TABLE_4.strip().splitlines():
+        model, _, resolution, steps, batch, rate = (cell.strip() for cell in line.split("|"))
+        thousands = int(steps.replace("M", "000").rstrip("k"))
+        side = int(resolution.split(" x ")[0])
+        rows.setdefault(model, []).append((side, 1000 * thousands, int(batch), float(rate)))
+    return rows
+
+
+@pytest.fixture
+def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    if recipe.stem.startswith("pqgan-mini"):
-        parse_recipe(recipe, "--model_config_name_or_path", "model_cards/pqgan-mini-f8-pq")
-    elif recipe.stem == "sd-mini":
-        parse_recipe(recipe, "--pretrained_model_name_or_path", "runs/sd-mini-untrained")
-    elif recipe.stem == "ldm-mini":
-        parse_recipe(recipe, "--vae_name_or_path", "model_cards/pqgan-mini-f8-pq")
-    elif recipe.stem.startswith("ldm"):
-        # Table 5
-        args = parse_recipe(recipe)
-        assert (args.resolution, args.train_batch_size, args.max_train_steps) == (256, 64, 2_000_000)
-        assert Path(args.model_config_name_or_path).exists()
-    elif recipe.stem.startswith("pqsd"):
-        # Table 4: a million steps after the 20,000 of the convolutions
-        assert parse_recipe(recipe).max_train_steps == 1_020_000
+
+
+def test_every_recipe_is_compared_with_the_paper_or_is_a_small_one():
+    assert {path.stem for path in RECIPES} == {*PAPERS_RECIPES, *LDM, *MINI}
+
+
+@pytest.mark.parametrize("name, flags", MINI.items(), ids=MINI)
+def test_small_recipes_fit_their_scripts(name, flags, at_the_root):
+    parse_recipe(RECIPE_FOLDER / f"{name}.yaml", *flags)
+
+
+@pytest.mark.parametrize("name", [name for name in PAPERS_RECIPES if name.startswith("pqgan")])
+def test_recipes_of_pqgan_are_those_of_table_4(name, at_the_root):
+    args = parse_recipe(RECIPE_FOLDER / f"{name}.yaml")
+    (row,) = table_4()[PAPERS_RECIPES[name]]
+    assert (args.resolution, args.max_train_steps, args.total_batch_size, args.learning_rate) == row
+    assert args.train_batch_size is None and args.dataset_name == "ILSVRC/imagenet-1k"
+    # VQGAN's, which appendix A.1 takes over
+    assert (args.perceptual_weight, args.codebook_weight, args.discriminator_weight) == (1.0, 1.0, 0.8)
+    assert (args.lr_scheduler, args.lr_warmup_steps, args.adam_beta1, args.adam_beta2) == ("constant", 0, 0.5, 0.9)
+    assert (args.weight_init, args.codebook_init, args.quantize_from_step) == ("default", "normal", 0)
+    if name.endswith("-768"):
+        assert args.pretrained_model_name_or_path == f"runs/{name.removesuffix('-768')}"
     else:
-        check_pqgan_recipe(recipe, parse_recipe(recipe))
+        assert args.model_config_name_or_path == f"model_cards/{name}/config.json"
+        assert Path(args.model_config_name_or_path).exists()
 
 
-def check_pqgan_recipe(recipe, args):
-    source = args.model_config_name_or_path
-    assert source is None or Path(source).exists()
-    # Table 4 and appendix A.1
-    fine_tuning = recipe.stem.endswith("-768")
-    expected = (768, 15, 200_000) if fine_tuning else (256, 20, 1_000_000)
-    assert (args.resolution, args.train_batch_size, args.max_train_steps) == expected
-    assert (args.learning_rate, args.lr_scheduler, args.adam_beta1, args.adam_beta2) == (4.5e-6, "constant", 0.5, 0.9)
-    if fine_tuning:
-        assert args.pretrained_model_name_or_path == f"runs/{recipe.stem.removesuffix('-768')}"
+@pytest.mark.parametrize("name", [name for name in PAPERS_RECIPES if name.startswith("pqsd")])
+def test_recipes_of_pqsd_are_those_of_table_4(name, at_the_root):
+    args = parse_recipe(RECIPE_FOLDER / f"{name}.yaml")
+    rows = table_4()[PAPERS_RECIPES[name]]
+    stages = [(stage.resolution, stage.steps, stage.learning_rate) for stage in args.stages]
+    assert stages == [(side, steps, rate) for side, steps, _, rate in rows]
+    assert {args.total_batch_size} == {batch for _, _, batch, _ in rows} and args.train_batch_size is None
+    # Section 3.2: the outer convolutions first, then everything; "copying the previous pre-trained weights"
+    assert [stage.trained for stage in args.stages] == ["conv"] + ["all"] * (len(rows) - 1)
+    assert args.unet_init == "copy"
+    assert args.max_train_steps == sum(steps for _, steps, _, _ in rows) == 1_020_000
+    factor = {"pqsd-precise": "f8"}.get(name, "f16-d256")
+    assert args.vae_name_or_path == f"runs/pqgan-{factor}-768"
+
+
+@pytest.mark.parametrize("name", LDM)
+def test_recipes_of_latent_diffusion_are_those_of_table_5(name, at_the_root):
+    args = parse_recipe(RECIPE_FOLDER / f"{name}.yaml")
+    assert (args.resolution, args.total_batch_size, args.max_train_steps) == (256, 64, 2_000_000)
+    assert args.train_batch_size is None and Path(args.model_config_name_or_path).exists()
+
+
+def test_the_total_batch_is_shared_out_or_refused():
+    def share_out(num_processes, **given):
+        options = AutoencoderOptimisationOptions(**given)
+        options.share_out_batch(num_processes)
+        return options.train_batch_size
+
+    assert share_out(1) == 20 and OptimisationOptions.usual_batch_size == 8
+    assert share_out(4, total_batch_size=20) == 5
+    assert share_out(2, total_batch_size=20, gradient_accumulation_steps=5) == 2
+    assert share_out(4, train_batch_size=3) == 3
+    assert share_out(2, train_batch_size=5, total_batch_size=20, gradient_accumulation_steps=2) == 5
+    with pytest.raises(ValueError, match="20 does not divide by 3 processes x --gradient_accumulation_steps 1"):
+        share_out(3, total_batch_size=20)
+    with pytest.raises(ValueError, match="20 is not --train_batch_size 8 x 1 processes .* leave out"):
+        share_out(1, total_batch_size=20, train_batch_size=8)

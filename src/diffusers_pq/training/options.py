@@ -55,9 +55,19 @@ class OptimisationOptions(Options):
     """Optimiser, precision and accumulation."""
 
     title: ClassVar[str] = "optimisation"
+    usual_batch_size: ClassVar[int] = 8  # of a process, where no flag says another
 
-    train_batch_size: int = flag(
-        8, "pictures per process and forward pass", minimum=1, differs="between machines", fixed=True
+    total_batch_size: int | None = flag(
+        None,
+        "pictures of an optimisation step, shared out among processes and --gradient_accumulation_steps",
+        minimum=1,
+    )
+    train_batch_size: int | None = flag(
+        None,
+        "pictures per process and forward pass; default: this process's share of --total_batch_size, else 8",
+        minimum=1,
+        differs="between machines",
+        fixed=True,
     )
     max_train_steps: int = flag(1_000_000, "optimisation steps of the whole run", minimum=1)
     num_train_epochs: int | None = flag(None, "passes over the pictures, instead of --max_train_steps", minimum=1)
@@ -90,6 +100,29 @@ class OptimisationOptions(Options):
     channels_last: bool = flag(False, "use the memory format that convolutions prefer", differs="between machines")
     compile: bool = flag(False, "torch.compile the model", differs="between machines")
     seed: int = flag(0, "seed of weights, order, crops and noise", minimum=0, maximum=2**32 - 1, fixed=True)
+
+    def share_out_batch(self, num_processes: int):
+        """
+        Set `train_batch_size`, if it is not given, for so many processes.
+
+        Raises:
+            ValueError: if `total_batch_size` does not divide, or is not what the other flags make.
+        """
+        parts = num_processes * self.gradient_accumulation_steps
+        accumulation = f"{num_processes} processes x --gradient_accumulation_steps {self.gradient_accumulation_steps}"
+        if self.total_batch_size is None:
+            self.train_batch_size = self.train_batch_size or self.usual_batch_size
+        elif self.train_batch_size is None:
+            if self.total_batch_size % parts:
+                raise ValueError(
+                    f"--total_batch_size {self.total_batch_size} does not divide by {accumulation}: change either."
+                )
+            self.train_batch_size = self.total_batch_size // parts
+        elif self.train_batch_size * parts != self.total_batch_size:
+            raise ValueError(
+                f"--total_batch_size {self.total_batch_size} is not --train_batch_size {self.train_batch_size} x "
+                f"{accumulation}: leave out --train_batch_size."
+            )
 
 
 @dataclass(kw_only=True)

@@ -486,8 +486,14 @@ class CropOptions(DataOptions):
 class AutoencoderOptimisationOptions(OptimisationOptions):
     """Optimiser, precision and accumulation of an autoencoder (Table 4, appendix A.1)."""
 
-    train_batch_size: int = flag(
-        20, "crops per process and forward pass", minimum=1, differs="between machines", fixed=True
+    usual_batch_size: ClassVar[int] = 20
+
+    train_batch_size: int | None = flag(
+        None,
+        "crops per process and forward pass; default: this process's share of --total_batch_size, else 20",
+        minimum=1,
+        differs="between machines",
+        fixed=True,
     )
     learning_rate: float = flag(4.5e-6, "learning rate, after the warm-up", minimum=0)
     discriminator_learning_rate: float | None = flag(None, "defaults to --learning_rate", minimum=0)
@@ -529,7 +535,7 @@ class PQGANOptions(TrainingOptions):
     def check(self):
         if self.codebooks.codebook_distance and self.model.pretrained_model_name_or_path:
             raise ValueError("--codebook_distance needs --model_config_name_or_path")
-        if self.optim.train_batch_size % self.data.crops_per_image:
+        if (self.optim.train_batch_size or 0) % self.data.crops_per_image:
             raise ValueError(
                 f"--train_batch_size {self.optim.train_batch_size} must be a multiple of "
                 f"--crops_per_image {self.data.crops_per_image}"
@@ -556,6 +562,7 @@ def train_pqgan(options: PQGANOptions, build: Callable[[], nn.Module] | None = N
     codebooks, data, optim, loss = options.codebooks, options.data, options.optim, options.loss
     accelerator = create_accelerator(optim, options.run)
     _check_accelerator(accelerator, optim, loss)
+    options.check()  # with this process's share of the batch
     run = TrainingRun(options, accelerator, BestModel(options.run.output_dir, "psnr"))
     train_images = load_train_split(data)
     count_steps(optim, train_images, options.pictures_per_batch, accelerator)

@@ -56,6 +56,7 @@ def create_accelerator(
         log_with=None if run.report_to == "none" else run.report_to.split(","),
         project_config=ProjectConfiguration(run.output_dir, str(Path(run.output_dir, run.logging_dir))),
     )
+    optim.share_out_batch(accelerator.num_processes)
     if optim.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if accelerator.state.deepspeed_plugin is not None:  # which cannot see the batch size of a loader of our own
