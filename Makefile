@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini sweep-mini benchmarks
+.PHONY: install demo test fuzz test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini sweep-mini benchmarks
 
 # Which mini model `make train-mini` trains, and `make train-ldm-mini` trains on: pq, vq or kl.
 MINI ?= pq
@@ -27,6 +27,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests
+
+# Thousands of damaged pictures, compressed files, models and checkpoints; `make test` takes a few hundred.
+FUZZ_COUNT ?= 3000
+FUZZ_SEED ?= $(shell date +%s)
+fuzz: install
+	FUZZ_COUNT=$(FUZZ_COUNT) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/test_fuzz.py
 
 # The wheel in an empty environment.
 test-install: install

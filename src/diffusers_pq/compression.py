@@ -125,7 +125,10 @@ def unpack_codes(model: PQModel, data: bytes) -> tuple[torch.LongTensor, tuple[i
     decoder, weights = stream.queue.RangeDecoder(words), _start_weights(model)
     codes = np.empty((rows * columns, subspaces), dtype=np.int64)
     for pixel in codes:
-        pixel[:] = decoder.decode(_DISTRIBUTIONS, weights)
+        try:
+            pixel[:] = decoder.decode(_DISTRIBUTIONS, weights)
+        except AssertionError as error:  # of the decoder, about words that no encoder writes
+            raise ValueError(f"The compressed picture is damaged: {error}") from error
         _count(weights, pixel)
     return torch.from_numpy(codes).T.reshape(1, subspaces, rows, columns), (width, height)
 

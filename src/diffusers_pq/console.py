@@ -58,7 +58,7 @@ def report(error: Exception, program: str) -> int:
     Returns:
         `int`: 1, the exit status.
     """
-    line = _line(error)
+    line = explain(error)
     if line is None or os.environ.get(_TRACEBACK):
         raise error
     rank = int(os.environ.get("RANK", 0))
@@ -69,7 +69,7 @@ def report(error: Exception, program: str) -> int:
     return 1
 
 
-def _line(error: Exception) -> str | None:
+def explain(error: Exception) -> str | None:
     text = str(error)
     if "DataLoader worker process" in text:  # what torch raises in the main process quotes the worker's traceback
         text = text.rstrip().rpartition("\n")[2].partition(": ")[2] or text

@@ -320,6 +320,18 @@ def test_configurations_that_cannot_be_are_refused():
         PQModel(**tiny_config(latents_std=[0.0] * 8))
     with pytest.raises(ValueError, match="8 is not divisible by 3"):
         PQModel(**tiny_config(num_subspaces=3))
+    for name, value in (
+        ("z_channels", 10**9),
+        ("layers_per_block", "1"),
+        ("norm_num_groups", 0),
+        ("codebook_size", 0.5),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` must be a whole number from 1 to"):
+            PQModel(**tiny_config(**{name: value}))
+    with pytest.raises(ValueError, match="`block_out_channels` must be a whole number"):
+        PQModel(**tiny_config(block_out_channels=(8, 8, None)))
+    with pytest.raises(ValueError, match="`act_fn` must be the name"):
+        PQModel(**tiny_config(act_fn=7))
 
 
 def test_a_truncated_checkpoint_is_an_error(model, tmp_path):

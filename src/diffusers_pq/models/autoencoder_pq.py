@@ -1,6 +1,7 @@
 """The product-quantised autoencoder (PQGAN) as a diffusers model."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn as nn
@@ -46,6 +47,9 @@ class PQModelOutput(BaseOutput):
     loss: torch.Tensor
 
 
+_LARGEST = 2**20  # channels, layers, entries
+
+
 class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     r"""
     A product-quantised autoencoder: the encoder and decoder of VQGAN with its vector quantiser replaced by a
@@ -88,8 +92,9 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
             normalised with. Pictures in [-1, 1] go in and come out all the same. `None` means [-1, 1] inside, too.
 
     Raises:
-        ValueError: if d is not divisible by S, S < 1, K < 2, the tuples do not have one entry per level, or
-            `image_mean` and `image_std` are not both given, with a value for each colour channel.
+        ValueError: if d is not divisible by S, S < 1, K < 2, a size is no whole number or absurdly large, the tuples
+            do not have one entry per level, or `image_mean` and `image_std` are not both given, with a value for each
+            colour channel.
     """
 
     _supports_gradient_checkpointing = True
@@ -125,6 +130,17 @@ class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         image_std: list[float] | None = None,
     ):
         super().__init__()
+        _check_sizes(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            z_channels=z_channels or latent_channels,
+            latent_channels=latent_channels,
+            codebook_size=codebook_size,
+        )
+        if not isinstance(act_fn, str):
+            raise ValueError(f"`act_fn` must be the name of an activation function, but is {act_fn!r}.")
         _check_levels(block_out_channels, down_block_types=down_block_types, up_block_types=up_block_types)
         _check_statistics(latent_channels, "latent", latents_mean=latents_mean, latents_std=latents_std)
         _check_image_statistics(in_channels, out_channels, image_mean, image_std)
@@ -369,8 +385,21 @@ def _fastest_layout(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _check_sizes(**sizes: int):
+    """A configuration may come from anywhere, and what it asks for is allocated."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral) or not 1 <= size <= _LARGEST:
+            raise ValueError(f"`{name}` must be a whole number from 1 to {_LARGEST}, but is {size!r}.")
+
+
 def _check_levels(block_out_channels: tuple[int, ...], **block_types: tuple[str, ...]):
+    if len(block_out_channels) == 0:
+        raise ValueError("`block_out_channels` must have one entry per level, but is empty.")
+    for channels in block_out_channels:
+        _check_sizes(block_out_channels=channels)
     for name, types in block_types.items():
+        if not all(isinstance(kind, str) for kind in types):
+            raise ValueError(f"`{name}` must hold names of block types, but is {tuple(types)}.")
         if len(types) != len(block_out_channels):
             raise ValueError(
                 f"`{name}` must have one entry per entry of `block_out_channels`, but has {len(types)} for "
