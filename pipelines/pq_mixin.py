@@ -1,6 +1,7 @@
 """What pipelines of diffusers on product-quantised latents share: encoding, decoding, checks, saving."""
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -9,11 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
 import diffusers_pq
+from diffusers_pq.images import to_rgb
 from diffusers_pq.models.autoencoder_pq import PQModel
 from diffusers_pq.models.widening import ENDS, widen_denoiser
 
@@ -110,6 +114,30 @@ def _own_components(config: dict) -> dict[str, str]:
     return {name: value[1] for name, value in components.items() if value[0] == "diffusers_pq"}
 
 
+class PQImageProcessor(VaeImageProcessor):
+    """
+    [`VaeImageProcessor`] that tells pictures from latents: only tensors whose channels are `vae_latent_channels` are
+    latents, and pass through. `vae_latent_channels` is `None` where pictures have as many channels.
+    """
+
+    def preprocess(self, image, *args, **kwargs) -> torch.Tensor:
+        """
+        As the parent's; PIL pictures may be of any mode, and transparent parts come on white.
+
+        Raises:
+            ValueError: if a picture that is no tensor has as many channels as latents.
+        """
+        first = image[0] if isinstance(image, list) else image
+        if isinstance(first, PIL.Image.Image):
+            image = [to_rgb(picture, upright=False) for picture in (image if isinstance(image, list) else [image])]
+        processed = super().preprocess(image, *args, **kwargs)
+        if not isinstance(first, torch.Tensor) and processed.shape[1] == self.config.vae_latent_channels:
+            raise ValueError(
+                f"`image` must hold RGB pictures, but has {processed.shape[1]} channels: only tensors may be latents."
+            )
+        return processed
+
+
 class PQLatentsMixin(ImportedByCodeMixin):
     """
     Put before an image pipeline of diffusers, makes it work on the normalised latents of a [`PQModel`]. All that
@@ -137,6 +165,8 @@ class PQLatentsMixin(ImportedByCodeMixin):
         super().__init_subclass__(**kwargs)
         if issubclass(cls, DiffusionPipeline) and "__init__" not in vars(cls):
             cls.__init__ = _take_guidance_scale(super())
+        if issubclass(cls, DiffusionPipeline) and "__call__" in vars(cls):
+            cls.__call__ = _with_arguments_of(super().__call__, cls.__call__)
 
     def register_modules(self, **modules):
         # Every pipeline hands its components to this method when it is built.
@@ -274,9 +304,10 @@ class PQLatentsMixin(ImportedByCodeMixin):
         The latents a denoiser sees: quantised, then normalised. Deterministic, so the generator is not used.
 
         Args:
-            image (`torch.Tensor`): Pictures `(B, 3, H, W)` in [-1, 1], or latents `(B, d, h, w)`, kept as they are.
+            image (`torch.Tensor`):
+                Pictures `(B, 3, H, W)` in [-1, 1], or latents `(B, d, h, w)`, kept as they are; if d = 3, pictures.
         """
-        if image.shape[1] == self.vae.config.latent_channels:
+        if image.shape[1] == self.image_processor.config.vae_latent_channels:
             return image
         with _upcast(self.vae):
             latents = self.vae.encode(image.to(self.vae.dtype)).latents
@@ -333,16 +364,52 @@ def _take_guidance_scale(parent: type) -> Callable:
     parameters |= {"vae": parameters["vae"].replace(annotation=PQModel), "guidance_scale": scale}
 
     def __init__(self, *args, guidance_scale: float = default, **kwargs):
-        parent.__init__(self, *args, **kwargs)
+        given = inspect.signature(parent.__init__).bind(self, *args, **kwargs).arguments
+        with _unchanged_config(given.get(self._denoiser_name)):
+            parent.__init__(self, *args, **kwargs)
         self.register_to_config(guidance_scale=guidance_scale)
         if self.vae is not None:
-            # By this number the processor tells latents, which pass through, from pictures.
-            self.image_processor.register_to_config(vae_latent_channels=self.vae.config.latent_channels)
+            config = self.vae.config
+            is_ambiguous = config.latent_channels == config.in_channels
+            self.image_processor = PQImageProcessor.from_config(
+                self.image_processor.config, vae_latent_channels=None if is_ambiguous else config.latent_channels
+            )
 
     __init__.__signature__ = inspect.Signature(list(parameters.values()))
     annotations = {name: value.annotation for name, value in parameters.items()}
     __init__.__annotations__ = {name: value for name, value in annotations.items() if value is not inspect._empty}
     return __init__
+
+
+def _with_arguments_of(parent_call: Callable, call: Callable) -> Callable:
+    """A `__call__` that takes, and shows, all arguments of the parent's in their order, and by keyword its own."""
+    own, parents = (dict(inspect.signature(function).parameters) for function in (call, parent_call))
+    parameters = [own[name].replace(kind=value.kind) if name in own else value for name, value in parents.items()]
+    rest = [parameters.pop()] if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    added = [value for name, value in own.items() if name not in parents and value.kind not in variable]
+    added = [value.replace(kind=inspect.Parameter.KEYWORD_ONLY) for value in added]
+    names = [value.name for value in parameters[1:]]
+
+    @functools.wraps(call)
+    def __call__(self, *args, **kwargs):
+        if len(args) > len(names):
+            raise TypeError(f"{type(self).__name__} takes {len(names)} positional arguments, but got {len(args)}.")
+        return call(self, **dict(zip(names, args)), **kwargs)
+
+    __call__.__signature__ = inspect.Signature([*parameters, *added, *rest])
+    return __call__
+
+
+@contextmanager
+def _unchanged_config(denoiser: torch.nn.Module | None) -> Iterator[None]:
+    """Parents give UNets that were saved by an old diffusers the `sample_size` of Stable Diffusion, 64, at least."""
+    if not isinstance(denoiser, torch.nn.Module):
+        yield
+        return
+    config = denoiser.config
+    yield
+    _original(denoiser)._internal_dict = config
 
 
 @contextmanager

@@ -30,14 +30,19 @@ def load_image(path: str | os.PathLike) -> PIL.Image.Image:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 
-def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+def to_rgb(picture: PIL.Image.Image, upright: bool = True) -> PIL.Image.Image:
     """
-    Upright (EXIF), 8-bit RGB; transparent parts on white, deeper grey scaled to 8 bits.
+    8-bit RGB; transparent parts on white, deeper grey scaled to 8 bits.
+
+    Args:
+        picture (`PIL.Image.Image`): Of any mode.
+        upright (`bool`, *optional*, defaults to `True`): Whether to turn it as its EXIF data say.
 
     Raises:
         ValueError: if float pixels lie outside [0, 1] or integers outside 16 bits: their range cannot be known.
     """
-    picture = PIL.ImageOps.exif_transpose(picture)
+    if upright:
+        picture = PIL.ImageOps.exif_transpose(picture)
     if picture.mode[0] in "IF":
         picture = PIL.Image.fromarray(_eight_bit_grey(np.asarray(picture), picture.mode))
     if picture.has_transparency_data:

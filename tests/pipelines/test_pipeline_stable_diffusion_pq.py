@@ -1,4 +1,5 @@
 import runpy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_unet
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 from diffusers_pq import (
     PQModel,
@@ -202,6 +204,43 @@ def test_inpainting_a_crop_pastes_it_into_the_picture(inpaint):
         generate(inpaint, image=torch.zeros(1, 3, 32, 32), mask_image=mask, padding_mask_crop=4)
     with pytest.raises(ValueError, match="needs `output_type='pil'`, but it is 'np'"):
         generate(inpaint, image=picture, mask_image=mask, padding_mask_crop=4, output_type="np")
+
+
+@pytest.mark.parametrize("region", [(16, 8, 240, 56), (100, 0, 110, 64)])
+def test_a_crop_of_other_proportions_comes_back_where_it_was_cut_out(region, inpaint, monkeypatch):
+    # Without a denoiser: what comes out of the crop is what went in.
+    monkeypatch.setattr(inpaint, "_generate", lambda call, *_, **__: call())
+    seen = []
+
+    def paint(image, mask_image, **_):
+        seen.extend([image, mask_image])
+        return StableDiffusionPipelineOutput([image], None)
+
+    picture = PIL.Image.radial_gradient("L").resize((256, 64)).convert("RGB")
+    mask = PIL.Image.new("L", picture.size)
+    mask.paste(255, region)
+    result = inpaint._inpaint(partial(paint), picture, mask, 64, 64, 0, None, True, "pil", True).images[0]
+    assert [one.size for one in seen] == [(64, 64)] * 2
+    difference = np.abs(np.asarray(result, int) - np.asarray(picture, int))
+    assert difference.mean() < 2 and np.asarray(seen[0]).std() > 10
+
+
+def test_masks_that_cannot_be_cropped_are_refused(inpaint):
+    picture, mask = noise_picture(96, 64), PIL.Image.new("L", (96, 64))
+    with pytest.raises(ValueError, match="`mask_image` is all black"):
+        generate(inpaint, image=picture, mask_image=mask, padding_mask_crop=4)
+    with pytest.raises(ValueError, match=r"one size, but are \(96, 64\) and \(32, 64\)"):
+        generate(inpaint, image=picture, mask_image=mask.resize((32, 64)), padding_mask_crop=4)
+
+
+def test_inpainting_refuses_latents_and_pictures_that_do_not_divide(inpaint):
+    mask = PIL.Image.new("L", (32, 32), 255)
+    with pytest.raises(ValueError, match="`image` holds latents .8 channels., but inpainting needs pictures"):
+        generate(inpaint, image=torch.zeros(1, 8, 8, 8), mask_image=mask)
+    with pytest.raises(ValueError, match="Cannot spread 3 images .`image`. over 2 pictures"):
+        generate(inpaint, image=[noise_picture(32, 32)] * 3, mask_image=mask)
+    with pytest.raises(ValueError, match="Cannot spread 3 images .`mask_image`. over 2 pictures"):
+        generate(inpaint, image=noise_picture(32, 32), mask_image=[mask] * 3)
 
 
 def test_every_pipeline_loads_from_one_folder(pipeline, tmp_path):

@@ -283,21 +283,21 @@ def test_a_textual_inversion_is_a_word_of_the_prompt(text_to_image, tmp_path):
     assert np.abs(paint(text_to_image, "a buga", quantize_latents=False) - plain).max() < 1e-4
 
 
-def test_an_ip_adapter_steers_the_picture(text_to_image):
+def load_ip_adapter(pipeline):
     attention = {}
-    processors = [name for name in text_to_image.unet.attn_processors if name.endswith("attn2.processor")]
+    processors = [name for name in pipeline.unet.attn_processors if name.endswith("attn2.processor")]
     for number, name in enumerate(processors):
-        width = text_to_image.unet.get_submodule(name.removesuffix(".processor")).to_out[0].out_features
+        width = pipeline.unet.get_submodule(name.removesuffix(".processor")).to_out[0].out_features
         for key in ("to_k_ip", "to_v_ip"):
             attention[f"{2 * number + 1}.{key}.weight"] = torch.randn(width, 16)
     projection = {"proj.weight": torch.randn(4 * 16, 8), "proj.bias": torch.zeros(4 * 16)}
     projection |= {"norm.weight": torch.ones(16), "norm.bias": torch.zeros(16)}
-    text_to_image.load_ip_adapter(
-        {"image_proj": projection, "ip_adapter": attention},
-        subfolder=None,
-        weight_name=None,
-        image_encoder_folder=None,
-    )
+    weights = {"image_proj": projection, "ip_adapter": attention}
+    pipeline.load_ip_adapter(weights, subfolder=None, weight_name=None, image_encoder_folder=None)
+
+
+def test_an_ip_adapter_steers_the_picture(text_to_image):
+    load_ip_adapter(text_to_image)
 
     def steered(embedding):
         both = torch.stack([torch.zeros(1, 8), embedding])  # without and with guidance
@@ -307,6 +307,103 @@ def test_an_ip_adapter_steers_the_picture(text_to_image):
     assert np.abs(one - other).max() > 1e-4
     text_to_image.set_ip_adapter_scale(0.0)
     assert np.abs(steered(torch.ones(1, 8)) - steered(torch.linspace(-3, 3, 8)[None])).max() < 1e-6
+
+
+def test_an_ip_adapter_steers_inpainting_too_and_stays(text_to_image):
+    load_ip_adapter(text_to_image)
+    inpaint = quiet(StableDiffusionPQInpaintPipeline.from_pipe(text_to_image))
+
+    def steered(pipeline, embedding):
+        both = torch.stack([torch.zeros(1, 8), embedding])
+        return paint(pipeline, ip_adapter_image_embeds=[both], quantize_latents=False)
+
+    for pipeline in (inpaint, text_to_image):
+        one, other = steered(pipeline, torch.ones(1, 8)), steered(pipeline, torch.linspace(-3, 3, 8)[None])
+        assert np.abs(one - other).max() > 1e-4
+    assert inpaint.unet.config.in_channels == 8
+
+
+def test_each_given_picture_and_mask_goes_with_its_own_prompt(pipeline):
+    taken = inspect.signature(type(pipeline).__call__).parameters
+    if "image" not in taken:
+        pytest.skip("takes no pictures")
+    pictures = [PIL.Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    known = [pipeline._encode_vae_image(pipeline.image_processor.preprocess(picture))[0] for picture in pictures]
+    more = {}
+    if "mask_image" in taken:
+        more["mask_image"] = [PIL.Image.new("L", (32, 32), grey) for grey in (0, 255)]
+    more |= {"image": pictures, "num_images_per_prompt": 2, "guidance_scale": 1.0}
+    seen = []
+    hook = denoiser(pipeline).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((*args, kwargs.get("hidden_states"))[0].clone()), with_kwargs=True
+    )
+    latents = paint(
+        pipeline, ["a red bus", "a blue bus"], **more, strength=0.1, num_inference_steps=20, output_type="latent"
+    )
+    hook.remove()
+    nearest = [int(torch.stack([(one - k).square().mean() for k in known]).argmin()) for one in seen[0]]
+    assert nearest == [0, 0, 1, 1]
+    if "mask_image" in taken:
+        kept = [bool(torch.isclose(one, known[0]).all()) for one in latents]
+        assert kept == [True, True, False, False], "the first mask keeps everything, the second nothing"
+
+
+def test_a_call_takes_the_parents_arguments_in_the_parents_order(pipeline):
+    parent = next(base for base in type(pipeline).__mro__ if base.__module__.startswith("diffusers.pipelines."))
+    expected = inspect.signature(parent.__call__).parameters
+    found = inspect.signature(pipeline.__call__).parameters
+    names = [name for name in expected if name not in ("self", "kwargs")]
+    assert list(found)[: len(names)] == names
+    assert {name for name in found if name not in expected} == {"quantize_latents"}
+    assert found["guidance_scale"].default is None and found["quantize_latents"].default is True
+    pairs = [(name, found[name].default, expected[name].default) for name in names if name != "guidance_scale"]
+    assert all(ours == theirs for name, ours, theirs in pairs), pairs
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'prompt'"):
+        pipeline("a bus", prompt="a bus")
+    with pytest.raises(TypeError, match=f"takes {len(names)} positional arguments, but got {len(names) + 1}"):
+        pipeline(*[None] * (len(names) + 1))
+
+
+def test_positional_sizes_and_steps_are_understood(components):
+    pipeline = quiet(StableDiffusionPQPipeline(**components))
+    seen = []
+    result = pipeline("a bus", 16, 40, 2, callback_on_step_end=lambda *step: seen.append(step) or {})
+    assert result.images[0].size == (40, 16) and len(seen) == 2
+
+
+def test_a_unet_of_an_old_diffusers_keeps_its_size(family):
+    pipeline_class, siblings = family
+    parts = FAMILIES[siblings](vae(), 8)
+    if "unet" not in parts:
+        pytest.skip("has no UNet")
+    parts["unet"].register_to_config(_diffusers_version="0.6.0")
+    pipeline = quiet(pipeline_class(**parts))
+    assert pipeline.unet.config.sample_size == 8
+    assert paint(pipeline).shape == (1, 32, 32, 3)
+
+
+IMAGE_PIPELINES = [pair[0] for pair in PIPELINES if "image" in inspect.signature(pair[0].__call__).parameters]
+
+
+@pytest.mark.parametrize("pipeline_class", IMAGE_PIPELINES, ids=lambda pipeline_class: pipeline_class.__name__)
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_picture_is_not_taken_for_latents_of_as_many_channels(pipeline_class, channels):
+    make = next(make for siblings, make in FAMILIES.items() if pipeline_class in siblings)
+    autoencoder = PQModel(**tiny_config(latent_channels=channels, num_subspaces=1)).eval()
+    pipeline = quiet(pipeline_class(**make(autoencoder, channels)))
+    transparent = PIL.Image.new("RGBA", (32, 32), (255, 0, 0, 255))
+    transparent.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    opaque = PIL.Image.new("RGB", (32, 32), "red")
+    opaque.paste("white", (0, 0, 16, 32))
+    painted = paint(pipeline, image=transparent)
+    assert painted.shape == (1, 32, 32, 3)
+    assert np.array_equal(painted, paint(pipeline, image=opaque)), "transparent parts are on white"
+    if channels == 3:
+        pixels = torch.rand(1, 3, 32, 32)
+        assert paint(pipeline, image=pixels).shape == (1, 32, 32, 3)
+    else:
+        with pytest.raises(ValueError, match="must hold RGB pictures, but has 4 channels: only tensors"):
+            paint(pipeline, image=np.zeros((1, 32, 32, 4), np.float32))
 
 
 def test_the_stock_pipeline_takes_a_pq_model_with_a_scaling_factor(components):

@@ -146,6 +146,8 @@ def test_the_first_stage_trains_the_first_and_last_convolution_only(workspace):
 def test_trains_the_text_encoder_of_a_pipeline_on_kl_latents_stored_in_half_precision(workspace):
     source = StableDiffusionPipeline.from_pretrained(workspace / "sd", dtype=torch.float16)
     source.save_pretrained(workspace / "sd16")
+    config = workspace / "sd16" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_diffusers_version": "0.6.0"}))
     extra = ("--pretrained_model_name_or_path", workspace / "sd16", "--train_text_encoder", "--snr_gamma", 5)
     adapt(workspace, "kl-run", *extra, stages="32:2:1e-2:all")
     before = source.text_encoder.float().state_dict()
@@ -153,6 +155,7 @@ def test_trains_the_text_encoder_of_a_pipeline_on_kl_latents_stored_in_half_prec
     assert any(not value.equal(before[name]) for name, value in trained.text_encoder.state_dict().items())
     assert trained.vae.config.scaling_factor != 1.0
     assert trained.text_encoder.dtype == trained.unet.dtype == torch.float32
+    assert trained.unet.config.sample_size == 8, "of the last stage, not the 64 that diffusers gives old UNets"
 
 
 def test_trains_lora_layers_that_our_pipelines_load(workspace):

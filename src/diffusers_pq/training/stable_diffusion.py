@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import diffusers
 import torch
 import torch.nn as nn
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
@@ -232,7 +233,8 @@ def _build_pipeline(options, run):
         check_resolution("--stages", stage.resolution, factor)
     side = stages[-1].resolution // factor
     components["scheduler"] = _build_scheduler(options.noise, pipeline, vae.config.latent_channels, side)
-    components["unet"].register_to_config(sample_size=side)
+    # With the version, or diffusers would set the size of a UNet that comes from an old one to Stable Diffusion's.
+    components["unet"].register_to_config(sample_size=side, _diffusers_version=diffusers.__version__)
     built = pipeline_class(**components, requires_safety_checker=False)
     for guidance_scale in (pipeline.config.get("guidance_scale"), options.run.guidance_scale):
         if isinstance(built, StableDiffusionPQPipeline) and guidance_scale is not None:
