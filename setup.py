@@ -16,7 +16,8 @@ train = [
     "tensorboard>=2.16",
     "tqdm>=4.66",
     "torchdata>=0.11",
-    "peft>=0.15",
+    # The first that works with transformers 5.
+    "peft>=0.18",
 ]
 eval_ = [
     "torchmetrics>=1.9",

@@ -283,21 +283,44 @@ class PQLatentsMixin(ImportedByCodeMixin):
         which replace those of the denoiser, and stay when the adapter is unloaded.
 
         Raises:
-            ValueError: if these layers are for another number of latent channels.
+            ValueError: if these layers are for another number of latent channels, or cannot be reached because each
+                layer of the denoiser is offloaded by itself.
         """
+        source = pretrained_model_name_or_path_or_dict
         loading = {name: value for name, value in kwargs.items() if name not in ("hotswap", "low_cpu_mem_usage")}
-        loaded = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **loading)
-        state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
-        prefix, denoiser = f"{self._denoiser_name}.", getattr(self, self._denoiser_name)
-        outer = {name.removeprefix(prefix): v for name, v in state_dict.items() if self._is_outer_layer(name)}
-        first, channels = f"{self._ends.first}.weight", denoiser.config.in_channels
-        if outer and outer[first].shape[1] != channels:
+        # The parent takes out of a dict what it reads.
+        loaded = super().lora_state_dict(dict(source) if isinstance(source, dict) else source, **loading)
+        outer = self._outer_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
+        self._check_outer_layers(outer)
+        super().load_lora_weights(source, adapter_name, **kwargs)
+        for layer, weights in outer.items():
+            self._plain_layer(layer).load_state_dict(weights)
+
+    def _outer_layers(self, state_dict: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """The weights of the denoiser's first and last layer, where an adapter file has them."""
+        outer = {}
+        for layer in (self._ends.first, self._ends.last):
+            prefix = f"{self._denoiser_name}.{layer}."
+            names = [name for name in state_dict if name.startswith(prefix) and self._is_outer_layer(name)]
+            if names:
+                outer[layer] = {name.removeprefix(prefix): state_dict[name] for name in names}
+        return outer
+
+    def _check_outer_layers(self, outer: dict[str, dict[str, torch.Tensor]]):
+        channels = getattr(self, self._denoiser_name).config.in_channels
+        first = outer.get(self._ends.first)
+        if first and first["weight"].shape[1] != channels:
             raise ValueError(
-                f"The adapter is for {outer[first].shape[1]} latent channels, but the `{self._denoiser_name}` has "
+                f"The adapter is for {first['weight'].shape[1]} latent channels, but the `{self._denoiser_name}` has "
                 f"{channels}: load the pipeline with the `vae` that lies beside the adapter."
             )
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, adapter_name, **kwargs)
-        denoiser.load_state_dict(outer, strict=False)
+        if any(self._plain_layer(layer).weight.is_meta for layer in outer):
+            raise ValueError("The adapter holds whole layers: load it before `enable_sequential_cpu_offload`.")
+
+    def _plain_layer(self, name: str) -> torch.nn.Module:
+        """A layer of the denoiser, whether that is compiled or adapters wrap the layer."""
+        layer = _original(getattr(self, self._denoiser_name)).get_submodule(name)
+        return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
     def _encode_vae_image(self, image: torch.Tensor, generator=None) -> torch.Tensor:
         """

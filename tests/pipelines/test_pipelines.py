@@ -162,6 +162,62 @@ def test_an_adapter_brings_the_outer_layers_along(pipeline, tmp_path):
         pipeline.load_lora_weights(tmp_path)
 
 
+def adapter_of(pipeline):
+    """A state dict with LoRA layers and a changed first and last layer."""
+    ends = pipeline._ends
+    adapted = copy.deepcopy(denoiser(pipeline))
+    adapted.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(adapted))
+    outer = (f"{ends.first}.", f"{ends.last}.")
+    layers |= {key: value + 0.1 for key, value in adapted.state_dict().items() if key.startswith(outer)}
+    return {f"{pipeline._denoiser_name}.{key}": value for key, value in layers.items()}
+
+
+def test_an_adapter_in_a_dict_is_loaded_and_stays_whole(pipeline):
+    adapter = adapter_of(pipeline)
+    names = list(adapter)
+    pipeline.load_lora_weights(adapter)
+    assert list(adapter) == names and pipeline.get_active_adapters() == ["default_0"]
+    assert torch.equal(
+        denoiser(pipeline).get_submodule(pipeline._ends.first).weight,
+        adapter[f"{pipeline._denoiser_name}.{pipeline._ends.first}.weight"],
+    )
+
+
+@pytest.mark.parametrize("state", ["compiled", "adapted"])
+def test_an_adapter_finds_the_outer_layers_of_a_compiled_or_adapted_unet(state, text_to_image):
+    adapter, unet = adapter_of(text_to_image), text_to_image.unet
+    if state == "compiled":
+        text_to_image.unet = torch.compile(unet, backend="eager")
+    else:
+        unet.add_adapter(LoraConfig(r=2, target_modules=["conv_in", "conv_out"]), "first")
+    text_to_image.load_lora_weights(adapter, adapter_name="second")
+    for name in ("conv_in", "conv_out"):
+        layer = unet.get_submodule(name)
+        assert torch.equal(getattr(layer, "base_layer", layer).weight, adapter[f"unet.{name}.weight"])
+
+
+def test_an_adapter_is_not_half_loaded_into_a_unet_that_is_offloaded_by_layers(text_to_image):
+    cpu_offload(text_to_image.unet, torch.device("cpu"))
+    with pytest.raises(ValueError, match="load it before `enable_sequential_cpu_offload`"):
+        text_to_image.load_lora_weights(adapter_of(quiet(StableDiffusionPQPipeline(**stable_diffusion(vae(), 8)))))
+
+
+def test_an_adapter_of_the_text_encoder_changes_the_picture(text_to_image, tmp_path, monkeypatch):
+    # Some releases of transformers ask for a peft that is yet to come.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.18.0")
+    adapted = copy.deepcopy(text_to_image.text_encoder)
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(adapted))
+    text_to_image.save_lora_weights(tmp_path, text_encoder_lora_layers=layers)
+    plain = paint(text_to_image, quantize_latents=False)
+    text_to_image.load_lora_weights(tmp_path, adapter_name="words")
+    assert text_to_image.get_list_adapters() == {"text_encoder": ["words"]}
+    assert np.abs(paint(text_to_image, quantize_latents=False) - plain).max() > 1e-5
+    text_to_image.unload_lora_weights()
+    assert np.array_equal(paint(text_to_image, quantize_latents=False), plain)
+
+
 def test_a_prompt_without_its_text_encoder_is_refused(pipeline):
     missing = pipeline._prompt_components[-1]
     setattr(pipeline, missing, None)
