@@ -67,6 +67,10 @@ test-space: install
 data/debian-tiles: | install
 	$(BIN)/diffusers-pq prepare-data $@ --tile-size 256 --short-side 768
 
+# For final tables only; nothing may be tuned on them.
+data/test-photographs: | install
+	$(BIN)/diffusers-pq prepare-test-set $@
+
 train-mini: install data/debian-tiles
 	$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/train_pqgan.py \
 		--config training_scripts/recipes/pqgan-mini.yaml \

@@ -1,10 +1,18 @@
 import json
 
+import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 from datasets import load_dataset
 
-from diffusers_pq.data_preparation import prepare_dataset
+from diffusers_pq.data_preparation import group_motifs, motif_name, prepare_dataset, signature
+
+
+def painting(seed, size):
+    """A picture of coloured patches that no other seed's is like."""
+    patches = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(patches).resize(size, PIL.Image.Resampling.NEAREST)
 
 
 @pytest.fixture
@@ -13,7 +21,7 @@ def packages(tmp_path):
     stamps = tmp_path / "packages" / "tuxpaint-stamps-default" / "usr/share/tuxpaint/stamps/animals"
     stamps.mkdir(parents=True)
     for number in range(30):
-        PIL.Image.new("RGBA", (40 + number, 30), (number, 0, 0, 255)).save(stamps / f"animal{number}.png")
+        painting(number, (40 + number, 30)).save(stamps / f"animal{number}.png")
         (stamps / f"animal{number}.txt").write_text(f"Animal number {number}.\nfr.utf8=Un animal\n")
     (stamps / "damaged.png").write_bytes(b"\x89PNG no picture")
     wallpaper = tmp_path / "packages" / "plasma-workspace-wallpapers" / "usr/share/wallpapers/EveningGlow/contents"
@@ -65,3 +73,69 @@ def test_tiles_cover_large_pictures_and_keep_small_ones_whole(packages, tmp_path
     assert len(rows) == 30 + 2
     source = PIL.Image.open(next(packages.rglob("160x100.png"))).convert("RGB")
     assert [tile.tobytes() for tile in tiles] == [source.crop((left, 0, left + 80, 100)).tobytes() for left in (0, 80)]
+
+
+def captions_by_split(folder):
+    paths = {split: folder / split / "metadata.jsonl" for split in ("train", "validation")}
+    return {
+        split: {json.loads(line)["text"] for line in path.read_text().splitlines()} if path.is_file() else set()
+        for split, path in paths.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "stem, motif",
+    [
+        ("Elephants_3840x2160", "elephants"),
+        ("licorice-l", "licorice"),
+        ("licorice-d", "licorice"),
+        ("sedan_police_mirror", "sedan_police"),
+        ("Clown_pt_BR", "clown"),
+        ("clown-fr", "clown"),
+        ("adwaita-d_5120x2880", "adwaita"),
+        ("rabbit-2", "rabbit-2"),
+        ("E_filled", "e_filled"),
+    ],
+)
+def test_a_motifs_name_is_that_of_its_file_without_what_variants_differ_in(stem, motif):
+    assert motif_name(stem) == motif
+
+
+def test_no_near_duplicate_crosses_the_split(tmp_path):
+    """Variants by name that look different, and variants by looks that are called differently."""
+    folder = tmp_path / "packages" / "gnome-backgrounds" / "usr/share/backgrounds"
+    other = tmp_path / "packages" / "mate-backgrounds" / "usr/share/backgrounds"
+    folder.mkdir(parents=True)
+    other.mkdir(parents=True)
+    families = []
+    for number in range(24):
+        first = painting(number, (160, 100))
+        first.save(folder / f"hill{number}-l.png")
+        painting(1000 + number, (160, 100)).save(folder / f"hill{number}-d.png")
+        PIL.ImageOps.mirror(first).save(other / f"slope{number}.png")
+        noise = np.random.default_rng(number).normal(0, 6, (50, 80, 3))
+        darker = np.asarray(first.resize((80, 50)), float) * 0.6 + 10 + noise
+        PIL.Image.fromarray(darker.clip(0, 255).astype(np.uint8)).save(other / f"dusk{number}.jpg", quality=60)
+        families.append({f"hill{number} l", f"hill{number} d", f"slope{number}", f"dusk{number}"})
+    for share in (0.2, 0.5):
+        prepare_dataset(tmp_path / str(share), tmp_path / "packages", validation_share=share)
+        sides = captions_by_split(tmp_path / str(share))
+        assert sum(map(len, sides.values())) == 4 * 24
+        assert all(family <= sides["train"] or family <= sides["validation"] for family in families)
+        assert share / 2 < len(sides["validation"]) / 96 < 2 * share
+        pictures = {split: list((tmp_path / str(share) / split).glob("*.png")) for split in sides}
+        held_out, trained = (
+            np.stack([signature(PIL.Image.open(path)).ravel() for path in pictures[split]])
+            for split in ("validation", "train")
+        )
+        assert (held_out @ trained.T).max() < 0.9
+    prepare_dataset(tmp_path / "file", tmp_path / "packages", validation_share=0.5, split_by="file")
+    sides = captions_by_split(tmp_path / "file")
+    assert any(family & sides["train"] and family & sides["validation"] for family in families)
+    with pytest.raises(ValueError, match="`split_by` must be one of motif, file, but is 'name'"):
+        prepare_dataset(tmp_path / "name", tmp_path / "packages", split_by="name")
+
+
+def test_pictures_of_one_colour_are_one_motif():
+    flat = [signature(PIL.Image.new("RGB", (20, 20), colour)) for colour in ("white", "navy")]
+    assert group_motifs(["b", "a", "c"], np.stack([*flat, signature(painting(0, (20, 20)))])) == ["a", "a", "c"]

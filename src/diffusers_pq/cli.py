@@ -28,7 +28,19 @@ def _build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--tile-size", type=int, help="cut pictures into tiles of at least this side; default: whole")
     prepare.add_argument("--packages", nargs="+", help="Debian packages to take pictures from; default: all known")
     prepare.add_argument("--pad-to-square", action="store_true", help="add white margins to pictures that are not")
+    prepare.add_argument(
+        "--split-by",
+        choices=("motif", "file"),
+        default="motif",
+        help="what stays on one side of the split; file: as for the models in model_cards/",
+    )
     prepare.set_defaults(run=_prepare_data)
+
+    test_set = commands.add_parser("prepare-test-set", help="fetch the 16 test photographs that nothing is tuned on")
+    test_set.add_argument("output", type=Path, help="folder to write; must not exist")
+    test_set.add_argument("--source", type=Path, help="unpacked packages, one a sub-folder; default: fetch with apt")
+    test_set.add_argument("--short-side", type=int, default=512)
+    test_set.set_defaults(run=_prepare_test_set)
 
     widen = commands.add_parser("widen-unet", help="give a denoiser the latent channels of a PQModel")
     widen.add_argument("denoiser", help="model, or pipeline with --subfolder; folder or Hub repository")
@@ -117,8 +129,16 @@ def _prepare_data(args):
         args.tile_size,
         args.packages or PACKAGES,
         args.pad_to_square,
+        args.split_by,
     )
     print(f"{args.output}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
+
+
+def _prepare_test_set(args):
+    from .photographs import prepare_test_photographs
+
+    count = prepare_test_photographs(args.output, args.source, args.short_side)
+    print(f"{args.output}: {count} photographs, split test")
 
 
 def _widen_unet(args):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from tqdm import tqdm
@@ -29,16 +30,26 @@ PACKAGES = (
     "mate-backgrounds",
     "ukui-wallpapers",
 )
+SPLITS = ("motif", "file")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 # Thumbnails of the wallpapers, not pictures of their own.
 _SKIPPED_NAMES = {"screenshot", "preview"}
+# What files of one motif differ in, at the end of their names: resolution, day and night, mirroring, language.
+_VARIANT = re.compile(
+    r"[-_ ](\d{3,5}x\d{3,5}|l|d|light|dark|day|night|mirror|flip|[a-z]{2}([-_][a-z]{2})?)$", re.IGNORECASE
+)
+_SIGNATURE_SIDE = 16
+# Correlation of two signatures from which on pictures are one motif. Pictures of other motifs hardly reach 0.9.
+_ALIKE = 0.95
+_FLAT = 2.0  # standard deviation, of 255 levels, below which there is nothing to compare
 
 
 @dataclass
 class SourcePicture:
-    """A picture file, its caption, its category and the package that its licence is stated in."""
+    """A picture file, its motif's name, its caption, its category and the package that its licence is stated in."""
 
     path: Path
+    motif: str
     text: str
     category: str
     package: str
@@ -79,7 +90,8 @@ def find_pictures(folder: Path) -> Iterator[SourcePicture]:
             if motif not in motifs or path.stat().st_size > motifs[motif].stat().st_size:
                 motifs[motif] = path
         for motif, path in sorted(motifs.items()):
-            yield SourcePicture(path, _caption(path, motif), _category(path), package.name)
+            name = motif_name(Path(motif).name)
+            yield SourcePicture(path, name, _caption(path, motif), _category(path), package.name)
 
 
 def _motif(path: Path) -> str:
@@ -103,10 +115,74 @@ def _category(path: Path) -> str:
     return parts[parts.index("stamps") + 1] if "stamps" in parts[:-2] else "wallpapers"
 
 
-def _is_validation(picture: SourcePicture, share: float) -> bool:
+def motif_name(stem: str) -> str:
+    """A file's name without suffix and without resolution, `-l` or `-d`, `_mirror` and language, in small letters."""
+    shorter = _VARIANT.sub("", stem)
+    return stem.lower() if shorter == stem else motif_name(shorter)
+
+
+def signature(picture: Image) -> np.ndarray:
+    """
+    What a picture looks like from afar, a perceptual hash: its colours on a grid of 16 x 16, without mean and
+    contrast, so that the product of two is their correlation. Zero for a picture of one colour.
+    """
+    small = picture.resize((_SIGNATURE_SIDE, _SIGNATURE_SIDE), Resampling.BOX, reducing_gap=3.0)
+    levels = np.asarray(small, np.float64)
+    if (levels - levels.mean((0, 1))).std() < _FLAT:
+        return np.zeros_like(levels)
+    levels = levels - levels.mean()
+    return levels / np.linalg.norm(levels)
+
+
+def group_motifs(names: Sequence[str], signatures: np.ndarray) -> list[str]:
+    """
+    Which pictures show the same.
+
+    Args:
+        names (`Sequence[str]`): Of the pictures' motifs; the same name is the same motif.
+        signatures (`np.ndarray` of shape `(N, 16, 16, 3)`): Pictures that are alike, mirrored or not, are the same
+            motif, and so are all of one colour.
+
+    Returns:
+        `list[str]`: For each picture the first name, by the alphabet, of all that show the same.
+    """
+    groups = {name: name for name in names}
+
+    def root(name):
+        while groups[name] != name:
+            name = groups[name]
+        return name
+
+    rows = signatures.reshape(len(names), -1)
+    mirrored = signatures[:, :, ::-1].reshape(len(names), -1)
+    is_flat = ~rows.any(1)
+    alike = (np.maximum(rows @ rows.T, rows @ mirrored.T) >= _ALIKE) | np.outer(is_flat, is_flat)
+    for one, other in zip(*np.triu(alike, 1).nonzero()):
+        first, second = sorted((root(names[one]), root(names[other])))
+        groups[second] = first
+    return [root(name) for name in names]
+
+
+def _is_held_out(key: str, share: float) -> bool:
     # By name, not by position, so that a picture stays on its side when the packages change.
-    digest = hashlib.sha256(f"{picture.package}/{picture.path.name}".encode()).digest()
+    digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:4], "big") < share * 2**32
+
+
+def _split_keys(pictures: list[SourcePicture], split_by: str) -> dict[int, str]:
+    """By the number of each picture that can be read: what its side of the split depends on."""
+    keys, signatures = {}, []
+    for number, picture in enumerate(tqdm(pictures, desc="Comparing pictures")):
+        try:
+            image = load_image(picture.path)
+        except ValueError as error:
+            logger.warning("Skipped: %s", error)
+            continue
+        keys[number] = f"{picture.package}/{picture.path.name}" if split_by == "file" else picture.motif
+        signatures.append(signature(image))
+    if split_by == "file" or not keys:
+        return keys
+    return dict(zip(keys, group_motifs(list(keys.values()), np.stack(signatures))))
 
 
 def prepare_dataset(
@@ -117,6 +193,7 @@ def prepare_dataset(
     tile_size: int | None = None,
     packages: Sequence[str] = PACKAGES,
     pad_to_square: bool = False,
+    split_by: str = "motif",
 ) -> dict[str, int]:
     """
     Write a Hugging Face `imagefolder` dataset with the columns `image`, `text`, `category` and `source`.
@@ -125,19 +202,24 @@ def prepare_dataset(
         output_dir: Written whole or not at all; must not exist.
         source (*optional*): A folder with an unpacked Debian package in each sub-folder; `None` fetches them with apt.
         short_side (`int`): Larger pictures are shrunk to this shorter side.
-        validation_share (`float`): Share of the pictures in the validation split, in [0, 1).
+        validation_share (`float`): Share of the motifs in the validation split, in [0, 1).
         tile_size (`int`, *optional*): Cut pictures into tiles with sides from `tile_size` to below twice that, which
             share a caption. Random crops of the dataset then show large pictures as often as their area deserves.
         packages (`Sequence[str]`): The packages to take pictures from.
         pad_to_square (`bool`): Add white margins, so that a square crop shows all of a picture.
+        split_by (`str`): `"motif"` keeps all variants of a picture on one side: by name, see [`motif_name`], and by
+            looks, see [`group_motifs`]. `"file"` goes by file names, as for the models in `model_cards/`, and lets
+            variants of training pictures into the validation split.
 
     Returns:
         `dict[str, int]`: Pictures (or tiles) per split, and `skipped` for those that could not be read.
 
     Raises:
         FileExistsError: if `output_dir` exists.
-        ValueError: if no picture was found.
+        ValueError: if no picture was found, or `split_by` is unknown.
     """
+    if split_by not in SPLITS:
+        raise ValueError(f"`split_by` must be one of {', '.join(SPLITS)}, but is {split_by!r}.")
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists already: choose another folder or remove it.")
@@ -150,12 +232,14 @@ def prepare_dataset(
             source = fetched
         unfinished = Path(scratch) / "dataset"
         pictures = [picture for picture in find_pictures(Path(source)) if picture.package in packages]
-        counts = _write_dataset(pictures, unfinished, short_side, validation_share, tile_size, pad_to_square)
+        keys = _split_keys(pictures, split_by)
+        splits = {n: "validation" if _is_held_out(key, validation_share) else "train" for n, key in keys.items()}
+        counts = _write_dataset(pictures, splits, unfinished, short_side, tile_size, pad_to_square)
         if counts["train"] + counts["validation"] == 0:
             raise ValueError(
                 f"No pictures found below {source}; it must hold unpacked packages: {', '.join(packages)}."
             )
-        _write_credits(Path(source), unfinished)
+        write_credits(Path(source), unfinished)
         os.replace(unfinished, output_dir)
     return counts
 
@@ -173,24 +257,18 @@ def _tiles(image: Image, tile_size: int | None) -> Iterator[Image]:
 
 def _write_dataset(
     pictures: list[SourcePicture],
+    splits: dict[int, str],
     folder: Path,
     short_side: int,
-    validation_share: float,
     tile_size: int | None,
     pad_to_square: bool,
 ) -> dict[str, int]:
     rows = {"train": [], "validation": []}
-    skipped = 0
-    for number, picture in enumerate(tqdm(pictures, desc="Preparing pictures")):
-        try:
-            image = load_image(picture.path)
-        except ValueError as error:
-            logger.warning("Skipped: %s", error)
-            skipped += 1
-            continue
+    for number, split in tqdm(splits.items(), desc="Preparing pictures"):
+        picture = pictures[number]
+        image = load_image(picture.path)
         if pad_to_square:
             image = ImageOps.pad(image, [max(image.size)] * 2, color="white")
-        split = "validation" if _is_validation(picture, validation_share) else "train"
         scale = min(1.0, short_side / min(image.size))
         image = image.resize(
             [max(1, round(side * scale)) for side in image.size], Resampling.LANCZOS, reducing_gap=3.0
@@ -204,10 +282,11 @@ def _write_dataset(
         if lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             (folder / split / "metadata.jsonl").write_text(text, encoding="utf-8")
-    return {split: len(lines) for split, lines in rows.items()} | {"skipped": skipped}
+    return {split: len(lines) for split, lines in rows.items()} | {"skipped": len(pictures) - len(splits)}
 
 
-def _write_credits(source: Path, folder: Path):
+def write_credits(source: Path, folder: Path):
+    """Put what unpacked packages state about authors and licences into `CREDITS.txt` of a folder."""
     parts = ["The pictures come from these Debian packages; their authors and licences, as the packages state them:\n"]
     for copyright_file in sorted(source.glob("*/usr/share/doc/*/copyright")):
         text = copyright_file.read_text(encoding="utf-8", errors="replace")
