@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test fuzz test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini sweep-mini benchmarks
+.PHONY: install demo test fuzz torture test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini sweep-mini benchmarks
 
 # Which mini model `make train-mini` trains, and `make train-ldm-mini` trains on: pq, vq or kl.
 MINI ?= pq
@@ -33,6 +33,10 @@ FUZZ_COUNT ?= 3000
 FUZZ_SEED ?= $(shell date +%s)
 fuzz: install
 	FUZZ_COUNT=$(FUZZ_COUNT) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/test_fuzz.py
+
+# A training that is killed at twenty random moments ends with the weights of one that was not.
+torture: install
+	TORTURE_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -m torture tests/training/test_training.py
 
 # The wheel in an empty environment.
 test-install: install

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import random
 import re
 import runpy
 import subprocess
@@ -184,6 +186,31 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(workspace, model
     found, expected = weights(killed), weights(workspace / "whole")
     assert len(expected) == 2, "the autoencoder and the discriminator"
     assert same_weights(found, expected)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("stream", [(), STREAM], ids=["pictures", "stream"])
+def test_twenty_kills_at_random_moments_change_nothing(workspace, stream):
+    seed = int(os.environ.get("TORTURE_SEED", 0))
+    generator = random.Random(f"{seed} {stream}")
+    extra = ("--checkpointing_steps", "2", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest")
+    extra += ("--use_ema", "--lr_scheduler", "cosine", "--validation_steps", "3", "--codebook_ema_decay", "0.9")
+    extra += ("--dataloader_num_workers", "1", "--max_train_steps", "160", *stream)
+    started = time.time()
+    run(workspace, "whole", *extra)
+    interval = 2 * (time.time() - started) / 160
+    for number in range(20):
+        process = start_script(*command(workspace, "killed", *extra))
+        if generator.random() < 0.75:  # else while it starts
+            before = set(list_checkpoints(workspace / "killed"))
+            while process.is_alive() and set(list_checkpoints(workspace / "killed")) <= before:
+                time.sleep(0.001)
+        time.sleep(generator.random() * 2 * interval)
+        assert process.is_alive(), f"seed {seed}: the run ended before kill {number + 1}"
+        process.kill()
+        process.join()
+    run(workspace, "killed", *extra)
+    assert same_weights(weights(workspace / "killed"), weights(workspace / "whole")), f"seed {seed}"
 
 
 def test_another_seed_gives_other_weights(workspace):
