@@ -187,5 +187,6 @@ def set_latent_statistics(vae: nn.Module, batches: Iterable[torch.Tensor]):
         vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
     else:
         variance = squares.sum() / (count * len(mean)) - mean.mean().square()
-        shift = {"shift_factor": None} if "shift_factor" in vae.config else {}
+        # Not None, which the pipelines of Stable Diffusion 3 could not add.
+        shift = {"shift_factor": 0.0} if "shift_factor" in vae.config else {}
         vae.register_to_config(**shift, scaling_factor=float(variance.rsqrt()))

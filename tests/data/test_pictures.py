@@ -25,6 +25,7 @@ from diffusers_pq.data.loaders import (
 from diffusers_pq.data.pictures import (
     BadImageError,
     CentreCrops,
+    ConditionedCrops,
     RandomCrops,
     caption_texts,
     class_names,
@@ -321,3 +322,22 @@ def test_classes_that_are_no_whole_numbers_or_strings_name_their_column(values, 
     dataset = datasets.Dataset.from_dict({"label": values})
     with pytest.raises(ValueError, match="whole numbers or strings, but the column 'label' holds"):
         class_names(dataset, "label", names)
+
+
+def test_sizes_say_where_a_crop_lies_in_the_resized_picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "picture.png")
+    row = {"image": {"path": str(tmp_path / "picture.png"), "bytes": None}}
+    whole = to_tensor(PIL.Image.open(tmp_path / "picture.png"))
+    seen = set()
+    for seed in range(8):
+        crops = ConditionedCrops("image", 40, lambda row, generator: {"a": 1}, random_flip=True, with_sizes=True)
+        example = crops(row, random.Random(seed))
+        height, width, top, left, *target = example["condition"]["sizes"].int().tolist()
+        assert (height, width, top, *target) == (40, 60, 0, 40, 40) and example["condition"]["a"] == 1
+        parts = {
+            mirrored: picture[:, :, left : left + 40] for mirrored, picture in ((False, whole), (True, whole.flip(2)))
+        }
+        (mirrored,) = (name for name, part in parts.items() if torch.equal(part, example["pixel_values"]))
+        seen.add(mirrored)
+    assert seen == {False, True}

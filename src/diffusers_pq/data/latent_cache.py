@@ -129,15 +129,21 @@ class CachedCodes:
         shape (`tuple[int, int, int]`): S, h and w.
         codebook_size (`int`): K.
         condition ([`Prompts`] or [`ClassLabels`])
+        resolution (`int`, *optional*): Side R of the pictures. If given, `condition` is a dictionary and gets `sizes`,
+            as [`ConditionedCrops`] makes them, of pictures that were R x R: a cache does not know their sizes.
     """
 
     shape: tuple[int, int, int]
     codebook_size: int
     condition: Prompts | ClassLabels
+    resolution: int | None = None
 
     def __call__(self, row: dict, generator: random.Random) -> dict[str, torch.Tensor]:
         codes = unpack_codes(row["codes"], self.shape, self.codebook_size)
-        return {"codes": codes, "condition": self.condition(row, generator)}
+        condition, side = self.condition(row, generator), self.resolution
+        if side is not None:
+            condition = condition | {"sizes": torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32)}
+        return {"codes": codes, "condition": condition}
 
 
 def load_cached_codes(
@@ -146,9 +152,11 @@ def load_cached_codes(
     vae: PQModel,
     condition: Prompts | ClassLabels,
     cache_dir: str | None = None,
+    with_sizes: bool = False,
 ) -> tuple[datasets.Dataset, CachedCodes]:
     """
-    The rows that [`encode_dataset`] wrote for a resolution, and the transform that makes examples of them.
+    The rows that [`encode_dataset`] wrote for a resolution, and the transform that makes examples of them, with their
+    sizes if asked to.
 
     Raises:
         FileNotFoundError: if there are none, or shards are missing.
@@ -164,7 +172,8 @@ def load_cached_codes(
     if len(shards) != expected:
         raise FileNotFoundError(f"{folder} has {len(shards)} of {expected} shards: run the encoding to its end.")
     side = resolution // vae.downsampling_factor
-    transform = CachedCodes((vae.config.num_subspaces, side, side), vae.config.codebook_size, condition)
+    shape = vae.config.num_subspaces, side, side
+    transform = CachedCodes(shape, vae.config.codebook_size, condition, resolution if with_sizes else None)
     return datasets.load_dataset("parquet", data_files=shards, split="train", cache_dir=cache_dir), transform
 
 

@@ -164,25 +164,23 @@ def caption_texts(value: str | list | None, column: str) -> list[str]:
 @dataclass
 class Prompts:
     """
-    Makes token ids `[L]` of a row's caption, L the tokenizer's `model_max_length`.
+    Makes what a denoiser is conditioned on of a row's caption.
 
     Args:
         caption_column (`str`): A caption may be a list of captions, of which one is drawn.
-        tokenizer (`CLIPTokenizer`)
+        condition: Makes a dictionary of tensors, or of such, of a text; `""` is a caption that is left out.
         proportion_empty_prompts (`float`): Share of the captions that are left out, for classifier-free guidance.
     """
 
     caption_column: str
-    tokenizer: Callable
+    condition: Callable[[str], dict]
     proportion_empty_prompts: float = 0.0
 
-    def __call__(self, row: dict, generator: random.Random) -> torch.LongTensor:
+    def __call__(self, row: dict, generator: random.Random) -> dict:
         caption = generator.choice(caption_texts(row[self.caption_column], self.caption_column) or [""])
         if generator.random() < self.proportion_empty_prompts:
             caption = ""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(caption, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-        return tokens.input_ids[0]
+        return self.condition(caption)
 
 
 @dataclass
@@ -278,6 +276,8 @@ class ConditionedCrops:
         center_crop (`bool`): Take the middle instead of a random part.
         random_flip (`bool`): Mirror half the pictures.
         min_image_side (`int`, *optional*): Pictures with a shorter side are bad. Default: R.
+        with_sizes (`bool`): Also put `sizes` `[6]` into `condition`, a dictionary: the picture's height and width, top
+            and left of the crop after resizing (and mirroring), and R twice.
     """
 
     image_column: str
@@ -286,18 +286,29 @@ class ConditionedCrops:
     center_crop: bool = False
     random_flip: bool = False
     min_image_side: int | None = None
+    with_sizes: bool = False
 
     def __call__(self, row: dict, generator: random.Random) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.pixel_values(row, generator), "condition": self.condition(row, generator)}
+        pixel_values, sizes = self._picture_and_sizes(row, generator)
+        condition = self.condition(row, generator)
+        if self.with_sizes:
+            condition = condition | {"sizes": torch.tensor(sizes, dtype=torch.float32)}
+        return {"pixel_values": pixel_values, "condition": condition}
 
     def pixel_values(self, row: dict, generator: random.Random) -> torch.Tensor:
         """The picture alone, `[3, R, R]`."""
-        min_side = self.resolution if self.min_image_side is None else self.min_image_side
-        picture = _scaled_to(decode_image(row[self.image_column], min_side), self.resolution)
-        crop = _crop(picture, self.resolution, None if self.center_crop else generator)
+        return self._picture_and_sizes(row, generator)[0]
+
+    def _picture_and_sizes(self, row, generator):
+        side = self.resolution
+        original = decode_image(row[self.image_column], side if self.min_image_side is None else self.min_image_side)
+        picture = _scaled_to(original, side)
+        left, top = _place(picture, side, None if self.center_crop else generator)
+        crop = picture.crop((left, top, left + side, top + side))
         if self.random_flip and generator.random() < 0.5:
             crop = crop.transpose(Transpose.FLIP_LEFT_RIGHT)
-        return to_tensor(crop)
+            left = picture.width - left - side
+        return to_tensor(crop), (original.height, original.width, top, left, side, side)
 
 
 def usable_rows(dataset, image_column: str, limit: int) -> list[dict]:
@@ -340,9 +351,14 @@ class CentreCrops(Dataset):
 
 def _crop(picture: PIL.Image.Image, side: int, generator: random.Random | None = None) -> PIL.Image.Image:
     """A square part at a random place, or the middle."""
-    spare = [length - side for length in picture.size]
-    left, top = (length // 2 if generator is None else generator.randint(0, length) for length in spare)
+    left, top = _place(picture, side, generator)
     return picture.crop((left, top, left + side, top + side))
+
+
+def _place(picture: PIL.Image.Image, side: int, generator: random.Random | None = None) -> list[int]:
+    """Left and top of a square part, random or of the middle."""
+    spare = [length - side for length in picture.size]
+    return [length // 2 if generator is None else generator.randint(0, length) for length in spare]
 
 
 def _at_least(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.embeddings import LabelEmbedding
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, offload_models
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from torch.utils.data import DataLoader
@@ -27,6 +28,8 @@ from ..data.latent_cache import load_cached_codes
 from ..data.loaders import build_train_loader, change_data, first_batches
 from ..data.pictures import ClassLabels, ConditionedCrops, Prompts, usable_rows
 from ..models.class_conditioning import predict
+from ..models.widening import outer_layers
+from .families import Family
 from .noise import denoising_loss
 from .options import (
     DenoiserDataOptions,
@@ -144,45 +147,89 @@ def find_stage(stages: Sequence[Stage], step: int) -> Stage:
 
 class ConditionalDenoiser(nn.Module):
     """
-    A text-conditioned UNet and its text encoder, so that one forward gives all that a training step needs.
+    A text-conditioned denoiser and its text encoders, so that one forward gives all that a training step needs.
+
+    Both are its attributes, by the names of the pipeline's components. Text encoders that are not trained are no part
+    of its state.
 
     Args:
-        unet (`UNet2DConditionModel`)
-        text_encoder (`CLIPTextModel`)
-        train_text_encoder (`bool`)
+        family ([`Family`])
+        denoiser (`nn.Module`)
+        text_encoders (`dict[str, nn.Module]`): By the names of their components.
+        train_text_encoders (`bool`): All but those that the family calls optional.
+        offload (`bool`): Whether text encoders that are not trained wait on their own device until they are needed.
     """
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module, train_text_encoder: bool = False):
+    def __init__(
+        self,
+        family: Family,
+        denoiser: nn.Module,
+        text_encoders: Mapping[str, nn.Module],
+        train_text_encoders: bool = False,
+        offload: bool = False,
+    ):
         super().__init__()
-        self.unet = unet
-        self.text_encoder = text_encoder.requires_grad_(train_text_encoder)
-        self.train_text_encoder = train_text_encoder
+        self.family, self.offload = family, offload
+        self._outer = tuple(f"{layer}." for layer in outer_layers(denoiser))
+        setattr(self, family.denoiser_name, denoiser)
+        trained = {*family.text_encoders} - {*family.optional_text_encoders} if train_text_encoders else {}
+        for name in trained:
+            setattr(self, name, text_encoders[name].requires_grad_(True))
+        self.trained_text_encoders = {name: text_encoders[name] for name in text_encoders if name in trained}
+        self.frozen_text_encoders = {
+            name: encoder.requires_grad_(False).eval()
+            for name, encoder in text_encoders.items()
+            if name not in trained
+        }
+        self.register_load_state_dict_pre_hook(_leave_out_frozen)
 
-    def forward(self, noisy: torch.Tensor, timesteps: torch.LongTensor, input_ids: torch.LongTensor) -> torch.Tensor:
-        """The prediction for noisy latents, both `[B, d, h, w]`, at timesteps `[B]`, given token ids `[B, L]`."""
-        return self.unet(noisy, timesteps, self.text_encoder(input_ids)[0]).sample
+    @property
+    def denoiser(self) -> nn.Module:
+        return getattr(self, self.family.denoiser_name)
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: Mapping[str, dict]) -> torch.Tensor:
+        """
+        The prediction for noisy latents, both `[B, d, h, w]`, at timesteps `[B]`.
+
+        Args:
+            condition (`dict`): `tokens`, see [`Family.tokenize`], or `states`, see [`Family.encode`]; and `sizes`
+                where the family takes them.
+        """
+        states = condition["states"] if "states" in condition else self.encode(condition["tokens"], noisy.device)
+        states = {name: value.to(noisy.dtype) for name, value in states.items()}
+        return self.family.predict(self.denoiser, noisy, timesteps, states, condition.get("sizes"))
+
+    def encode(self, tokens: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        """See [`Family.encode`]; tokens are on `device`."""
+        with offload_models(*self.frozen_text_encoders.values(), device=device, offload=self.offload):
+            return self.family.encode(self.frozen_text_encoders | self.trained_text_encoders, tokens)
 
     def train_only(self, trained: str):
-        """Let gradients reach the first and last convolution only (`"conv"`), or all that is learned (`"all"`)."""
-        self.unet.requires_grad_(False)
-        for name, parameter in self._learned_in_unet():
-            parameter.requires_grad_(trained == "all" or _is_outer_convolution(name))
+        """Let gradients reach the first and last layer only (`"conv"`), or all that is learned (`"all"`)."""
+        self.denoiser.requires_grad_(False)
+        for name, parameter in self._learned_in_denoiser():
+            parameter.requires_grad_(trained == "all" or name.startswith(self._outer))
 
     def learned_parameters(self) -> list[nn.Parameter]:
         """Those that some stage trains."""
-        learned = [parameter for _, parameter in self._learned_in_unet()]
-        return learned + (list(self.text_encoder.parameters()) if self.train_text_encoder else [])
+        learned = [parameter for _, parameter in self._learned_in_denoiser()]
+        for encoder in self.trained_text_encoders.values():
+            learned += encoder.parameters()
+        return learned
 
-    def _learned_in_unet(self) -> list[tuple[str, nn.Parameter]]:
-        """All of the UNet; with LoRA layers in it, these and the first and last convolution."""
-        named = list(self.unet.named_parameters())
+    def _learned_in_denoiser(self) -> list[tuple[str, nn.Parameter]]:
+        """All of the denoiser; with LoRA layers in it, these and the first and last layer."""
+        named = list(self.denoiser.named_parameters())
         if not any("lora_" in name for name, _ in named):
             return named
-        return [(name, parameter) for name, parameter in named if "lora_" in name or _is_outer_convolution(name)]
+        return [(name, parameter) for name, parameter in named if "lora_" in name or name.startswith(self._outer)]
 
 
-def _is_outer_convolution(name: str) -> bool:
-    return name.startswith(("conv_in.", "conv_out."))
+def _leave_out_frozen(module: ConditionalDenoiser, state_dict: dict, prefix: str, *_):
+    # Earlier checkpoints hold text encoders that are not trained.
+    frozen = tuple(f"{prefix}{name}." for name in module.frozen_text_encoders)
+    for name in [name for name in state_dict if name.startswith(frozen)]:
+        del state_dict[name]
 
 
 class ClassConditionalDenoiser(nn.Module):
@@ -209,18 +256,23 @@ class ClassConditionalDenoiser(nn.Module):
         return list(self.denoiser.parameters())
 
 
-def save_lora(unet: nn.Module, pipeline_class: type, folder: str | os.PathLike):
+def save_lora(denoiser: nn.Module, pipeline_class: type, folder: str | os.PathLike, name: str = "unet"):
     """
-    Write a UNet's LoRA layers, with its first and last convolution in full, for `load_lora_weights` of our pipelines.
+    Write a denoiser's LoRA layers, with its first and last layer in full, for `load_lora_weights` of our pipelines.
 
     Args:
-        unet (`UNet2DConditionModel`): With an adapter of peft.
+        denoiser (`nn.Module`): With an adapter of peft.
         pipeline_class: The pipeline that the adapter is for.
         folder: Gets a `pytorch_lora_weights.safetensors`.
+        name (`str`): Of the denoiser among the pipeline's components.
     """
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    convolutions = {name: value for name, value in unet.state_dict().items() if _is_outer_convolution(name)}
-    pipeline_class.save_lora_weights(folder, unet_lora_layers=layers | convolutions)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
+    outer = tuple(f"{layer}." for layer in outer_layers(denoiser))
+    layers |= {key: value for key, value in denoiser.state_dict().items() if key.startswith(outer)}
+    metadata = denoiser.peft_config["default"].to_dict()
+    pipeline_class.save_lora_weights(
+        folder, **{f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": metadata}
+    )
 
 
 class DenoiserTrainer:
@@ -265,7 +317,7 @@ class DenoiserTrainer:
         self.steps = FiniteSteps(accelerator, max_grad_norm, max_skipped_steps)
         self.ema = ema
 
-    def step(self, latents: torch.Tensor, condition: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    def step(self, latents: torch.Tensor, condition: torch.Tensor | Mapping) -> dict[str, torch.Tensor] | None:
         """Learn from one batch of latents; returns what to log, `None` while gradients are being accumulated."""
         with self.accelerator.accumulate(self.denoiser):
             loss = denoising_loss(self.denoiser, self.scheduler, latents, condition, **self.weighting).mean()
@@ -322,7 +374,7 @@ class DenoisingValidation:
         remaining = self.count
         for batch in self.loader:
             latents = scale_latents(self.vae, encode_latents(self.vae, batch["pixel_values"]))
-            condition = batch["condition"].to(device)
+            condition = send_to_device(batch["condition"], device)
             weights = {"channel_weights": self.channel_weights}
             losses = denoising_loss(denoiser, self.scheduler, latents, condition, **weights, generator=generator)
             mean.update(losses[:remaining])
@@ -359,6 +411,7 @@ class DenoiserTask:
         paint: Makes uint8 pictures `[N, 3, H, W]` for the log; called by the main process, or `None`.
         start_stage: Called with the denoiser and a stage at the stage's beginning.
         weighting_scheme (`str`): See [`draw_timesteps`].
+        with_sizes (`bool`): Whether conditions hold sizes, see [`ConditionedCrops`].
         parts (`dict[str, nn.Module]`): That a dry run counts, by name.
     """
 
@@ -373,6 +426,7 @@ class DenoiserTask:
     paint: Callable[[], torch.Tensor] | None = None
     start_stage: Callable[[nn.Module, Stage], object] = lambda denoiser, stage: None
     weighting_scheme: str = "none"
+    with_sizes: bool = False
     parts: dict[str, nn.Module] = field(default_factory=dict)
 
 
@@ -452,16 +506,18 @@ def saved_autoencoder(run: TrainingRun) -> Path:
 def load_training_data(data: DenoiserDataOptions, task: DenoiserTask, resolution: int) -> tuple:
     """The rows to train on at a resolution, and the transform that makes examples of them."""
     if data.latents_dir:
-        return load_cached_codes(data.latents_dir, resolution, task.vae, task.condition, data.cache_dir)
+        source = data.latents_dir, resolution, task.vae, task.condition, data.cache_dir
+        return load_cached_codes(*source, with_sizes=task.with_sizes)
     images = load_train_split(data, task.condition_column)
     crops = data.center_crop, data.random_flip, data.min_image_side
-    return images, ConditionedCrops(data.image_column, resolution, task.condition, *crops)
+    return images, ConditionedCrops(data.image_column, resolution, task.condition, *crops, task.with_sizes)
 
 
-def check_resolution(name: str, resolution: int, factor: int):
-    """Raise a `ValueError` if pictures of this side have no whole latents; `name` is that of the flag."""
-    if resolution % factor:
-        raise ValueError(f"{name}: {resolution} must be a multiple of the downsampling factor F = {factor}.")
+def check_resolution(name: str, resolution: int, factor: int, patch_size: int = 1):
+    """Raise a `ValueError` if pictures of this side have no whole latents or patches; `name` is that of the flag."""
+    if resolution % (factor * patch_size):
+        patches = f" times the patch size {patch_size}" if patch_size > 1 else ""
+        raise ValueError(f"{name}: {resolution} must be a multiple of the downsampling factor F = {factor}{patches}.")
 
 
 def paint_each(model: nn.Module, pipeline: Callable, inputs: list, seed: int) -> torch.Tensor:
@@ -563,7 +619,7 @@ def _build_validation(options, accelerator, task) -> DenoisingValidation | None:
     if not rows:
         logger.warning("No picture of the `validation` split can be used: no validation loss.")
         return None
-    crops = {"center_crop": True, "min_image_side": 1}
+    crops = {"center_crop": True, "min_image_side": 1, "with_sizes": task.with_sizes}
     resolution = task.stages[-1].resolution
     transform = ConditionedCrops(column, resolution, task.validation_condition, **crops)
     weights = channel_weights(task.vae, options.noise.channel_weighting)
@@ -576,7 +632,7 @@ def _take_step(trainer, vae, batches) -> dict[str, torch.Tensor]:
         batch = next(batches)
         # Not in mixed precision: the latents are those that `encode_dataset.py` writes.
         latents = scale_latents(vae, _latents_of(vae, batch))
-        return trainer.step(latents, batch["condition"].to(latents.device))
+        return trainer.step(latents, send_to_device(batch["condition"], latents.device))
 
     return complete_step(learn)
 

@@ -47,12 +47,13 @@ def adapt_schedule(
     shift: float = 1.0,
     rescale_betas_zero_snr: bool = False,
     prediction_type: str | None = None,
-) -> DDIMScheduler:
+) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """
     The scheduler to adapt a diffusion model with: that of the model, with more noise for larger latents.
 
     Args:
-        scheduler (`SchedulerMixin`): The model's, with betas; any that its config can make a DDIMScheduler of.
+        scheduler (`SchedulerMixin`): The model's: of flow matching, whose own shift is multiplied; or with betas, any
+            that its config can make a DDIMScheduler of.
         shift (`float`): See [`latent_shift`]; 1 shifts nothing.
         rescale_betas_zero_snr (`bool`): End in pure noise (Lin et al., 2024).
         prediction_type (`str`, *optional*): `"epsilon"`, `"v_prediction"` or `"sample"`. Default: the model's.
@@ -60,6 +61,9 @@ def adapt_schedule(
     Raises:
         ValueError: if epsilon is to be predicted where there is nothing but noise.
     """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        static = {"shift": scheduler.config.shift * shift, "use_dynamic_shifting": False}
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **static)
     # Latents have no bounds to be clipped to; DDIM's default is that of pixels.
     adapted = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
     prediction_type = prediction_type or adapted.config.prediction_type

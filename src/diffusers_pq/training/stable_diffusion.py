@@ -19,8 +19,7 @@ from ..data.pictures import Prompts
 from ..files import folder_or_hub
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
-from ..models.widening import widen_unet
-from ..pipelines.pipeline_stable_diffusion_pq import StableDiffusionPQPipeline
+from ..models.widening import widen_denoiser
 from .denoiser import (
     ConditionalDenoiser,
     DenoiserOptions,
@@ -33,6 +32,7 @@ from .denoiser import (
     saved_autoencoder,
     train_denoiser,
 )
+from .families import find_family
 from .noise import adapt_schedule, latent_shift
 from .options import DenoiserDataOptions, DenoiserOptimisationOptions, DenoiserRunOptions, NoiseOptions
 from .run import TrainingRun, create_accelerator, prepare_model, whole_module
@@ -100,19 +100,21 @@ class AdaptationModelOptions(Options):
 
     title: ClassVar[str] = "model"
 
-    pretrained_model_name_or_path: str = flag(REQUIRED, "Stable Diffusion pipeline to adapt")
+    pretrained_model_name_or_path: str = flag(
+        REQUIRED, "pipeline to adapt, of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5"
+    )
     revision: str | None = flag(None, "branch, tag or commit of that pipeline on the Hub; default: main")
     variant: str | None = flag(None, 'of that pipeline\'s files, such as "fp16"')
     vae_name_or_path: str | None = flag(None, "PQModel or AutoencoderKL; default: the pipeline's own")
     unet_init: str = flag(
         "copy",
-        "weights of the new channels, see widen_unet; random: no weight of the UNet is kept",
+        "weights of the new channels, see widen_denoiser; random: no weight of the denoiser is kept",
         choices=("copy", "copy_scaled", "zero", "random"),
     )
     train_text_encoder: bool = flag(False, "for pipelines whose text encoder is untrained", fixed=True)
     lora_rank: int | None = flag(
         None,
-        "train LoRA layers of this rank on attention, and the widened convolutions in full",
+        "train LoRA layers of this rank on attention, and the widened first and last layer in full",
         minimum=1,
         fixed=True,
     )
@@ -140,7 +142,7 @@ class StagedOptimisationOptions(DenoiserOptimisationOptions):
 
     stages: tuple[Stage, ...] = flag(
         parse_stages("384:20000:8e-5:conv 768:800000:8e-5:all 768:200000:2e-5:all"),
-        "RESOLUTION:STEPS:LEARNING_RATE:conv (first and last convolution only) or ...:all, one after the other; in a "
+        "RESOLUTION:STEPS:LEARNING_RATE:conv (first and last layer only) or ...:all, one after the other; in a "
         "recipe also a list of mappings: {resolution: 384, steps: 20000, learning_rate: 8e-5, trained: conv}",
         parse=parse_stages,
         structured=True,
@@ -159,6 +161,11 @@ class AdaptationNoiseOptions(NoiseOptions):
     prediction_type: str | None = flag(
         None, "what the UNet is to predict; default: what it does", choices=("epsilon", "v_prediction", "sample")
     )
+    weighting_scheme: str | None = flag(
+        None,
+        "how the timesteps of flow matching are drawn; default: logit_normal, as Stable Diffusion 3",
+        choices=("none", "logit_normal"),
+    )
 
 
 @dataclass(kw_only=True)
@@ -168,7 +175,10 @@ class AdaptationRunOptions(DenoiserRunOptions):
     output_dir: str = with_default(DenoiserRunOptions, "output_dir", "pqsd")
     validation_prompts: list[str] = flag([], "pictures of them go to the log", differs="always")
     guidance_scale: float | None = flag(
-        None, "default of the PQ pipeline that is trained; default: the source's, or 7.5", minimum=0, differs="always"
+        None,
+        "default of the PQ pipeline that is trained; default: the source's, or diffusers' own",
+        minimum=0,
+        differs="always",
     )
 
 
@@ -198,100 +208,140 @@ def adapt_stable_diffusion(options: AdaptationOptions):
         ValueError: if the options contradict the models or the data.
     """
     handlers = []
-    if any(stage.trained == "conv" for stage in options.optim.stages):
-        # Frozen parameters get no gradient in a stage that trains the first and last convolution only.
+    if options.model.train_text_encoder or any(stage.trained == "conv" for stage in options.optim.stages):
+        # Frozen parameters get no gradient in a stage that trains the first and last layer only, nor do the ends of
+        # text encoders whose inner states are used.
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
     needs_whole = bool(options.model.lora_rank or options.run.validation_prompts)
     accelerator = create_accelerator(options.optim, options.run, handlers)
     if accelerator.distributed_type == DistributedType.FSDP and needs_whole:
         raise ValueError(
-            "--lora_rank and --validation_prompts need a whole UNet in each process: launch without FSDP."
+            "--lora_rank and --validation_prompts need a whole denoiser in each process: launch without FSDP."
         )
     run = TrainingRun(options, accelerator, BestModel(options.run.output_dir, "loss", lower_is_better=True))
-    train_denoiser(options, accelerator, run, _build_task(options, _build_pipeline(options, run)))
+    family, pipeline = _build_pipeline(options, run)
+    train_denoiser(options, accelerator, run, _build_task(options, accelerator, family, pipeline))
 
 
 def _build_pipeline(options, run):
-    """The pipeline that is trained; a resumed run takes the autoencoder that holds the latents' statistics."""
-    model, stages = options.model, options.optim.stages
-    source = model.pretrained_model_name_or_path
+    """
+    The pipeline that is trained, and its family; a resumed run takes the autoencoder that holds the latents'
+    statistics.
+    """
+    model = options.model
+    source, files = model.pretrained_model_name_or_path, {"revision": model.revision}
     with folder_or_hub(source):
-        is_pq = DiffusionPipeline.load_config(source, revision=model.revision)["vae"][-1] == "PQModel"
-    source_class = StableDiffusionPQPipeline if is_pq else StableDiffusionPipeline
+        index = DiffusionPipeline.load_config(source, **files)
+    kind = find_family(index)
+    _check_noise(options.noise, kind)
+    source_class = kind.pq_pipeline_class if index["vae"][-1] == "PQModel" else kind.pipeline_class
     # In float32 whatever it is stored in: mixed precision is the accelerator's.
-    files = {"revision": model.revision, "variant": model.variant}
-    pipeline = source_class.from_pretrained(source, safety_checker=None, dtype=torch.float32, **files)
+    files |= {"variant": model.variant, "dtype": torch.float32}
+    pipeline = source_class.from_pretrained(source, **kind.left_out, **files)
     if run.checkpoint is not None:
         vae = load_autoencoder(str(saved_autoencoder(run)))
     else:
         vae = load_autoencoder(model.vae_name_or_path) if model.vae_name_or_path else pipeline.vae
-    components = {name: getattr(pipeline, name) for name in pipeline.components} | {"vae": vae.requires_grad_(False)}
-    components["unet"] = _build_unet(options, pipeline.unet, vae.config.latent_channels)
-    pipeline_class = StableDiffusionPQPipeline if isinstance(vae, PQModel) else StableDiffusionPipeline
-    factor = downsampling_factor(vae)
-    for stage in stages:
-        check_resolution("--stages", stage.resolution, factor)
-    side = stages[-1].resolution // factor
-    components["scheduler"] = _build_scheduler(options.noise, pipeline, vae.config.latent_channels, side)
+    parts, parameters = pipeline.components, pipeline.parameters | kind.settings
+    denoiser = parts[kind.denoiser_name]
+    side = _check_stages(options.optim.stages, vae, denoiser)
+    parts["scheduler"] = _build_scheduler(options.noise, pipeline.scheduler, denoiser, vae, side)
+    parts[kind.denoiser_name] = _build_denoiser(options, kind, denoiser, vae.config.latent_channels)
     # With the version, or diffusers would set the size of a UNet that comes from an old one to Stable Diffusion's.
-    components["unet"].register_to_config(sample_size=side, _diffusers_version=diffusers.__version__)
-    built = pipeline_class(**components, requires_safety_checker=False)
-    for guidance_scale in (pipeline.config.get("guidance_scale"), options.run.guidance_scale):
-        if isinstance(built, StableDiffusionPQPipeline) and guidance_scale is not None:
-            built.register_to_config(guidance_scale=guidance_scale)
-    return built
+    parts[kind.denoiser_name].register_to_config(sample_size=side, _diffusers_version=diffusers.__version__)
+    parts["vae"] = vae.requires_grad_(False)
+    guidance_scale = parameters.pop("guidance_scale", None)
+    if options.run.guidance_scale is not None:
+        guidance_scale = options.run.guidance_scale
+    if not isinstance(vae, PQModel):
+        return kind(pipeline), kind.pipeline_class(**parts, **parameters)
+    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    return kind(pipeline), kind.pq_pipeline_class(**parts, **parameters, **guidance)
 
 
-def _build_scheduler(noise, pipeline, latent_channels, side):
+def _check_noise(noise, kind):
+    if not kind.is_flow_matching and noise.weighting_scheme is not None:
+        raise ValueError("--weighting_scheme is of flow matching: leave it out.")
+    of_diffusion = {"snr_gamma": None, "rescale_betas_zero_snr": False, "prediction_type": None}
+    for name, default in of_diffusion.items():
+        if kind.is_flow_matching and getattr(noise, name) != default:
+            raise ValueError(f"--{name} is of diffusion, but the pipeline is of flow matching: leave it out.")
+
+
+def _check_stages(stages, vae, denoiser) -> int:
+    """The side of the last stage's latents; a `ValueError` if pictures of a stage do not fit the models."""
+    factor, patch_size = downsampling_factor(vae), denoiser.config.get("patch_size") or 1
+    largest = denoiser.config.get("pos_embed_max_size")
+    for stage in stages:
+        check_resolution("--stages", stage.resolution, factor, patch_size)
+        if largest is not None and stage.resolution > largest * factor * patch_size:
+            raise ValueError(
+                f"--stages: {stage.resolution} px are {stage.resolution // (factor * patch_size)} patches a side, but "
+                f"the transformer has positions for {largest}: at most {largest * factor * patch_size} px."
+            )
+    return stages[-1].resolution // factor
+
+
+def _build_scheduler(noise, scheduler, denoiser, vae, side):
     """The pipeline's noise schedule; `--noise_shift auto` is by how much larger the new latents are than its own."""
-    config = pipeline.unet.config
-    base = config.in_channels * config.sample_size**2
-    shift = latent_shift(latent_channels, side, side, base) if noise.noise_shift == "auto" else noise.noise_shift
-    return adapt_schedule(pipeline.scheduler, shift, noise.rescale_betas_zero_snr, noise.prediction_type)
+    base = denoiser.config.in_channels * denoiser.config.sample_size**2
+    shift = noise.noise_shift
+    if shift == "auto":
+        shift = latent_shift(vae.config.latent_channels, side, side, base)
+    return adapt_schedule(scheduler, shift, noise.rescale_betas_zero_snr, noise.prediction_type)
 
 
-def _build_unet(options, unet, latent_channels):
+def _build_denoiser(options, kind, denoiser, latent_channels):
     model = options.model
     if model.unet_init == "random":
         channels = {"in_channels": latent_channels, "out_channels": latent_channels}
-        unet = type(unet).from_config(unet.config, **channels)
-    elif unet.config.in_channels != latent_channels:
-        unet = widen_unet(unet, latent_channels, model.unet_init)
+        denoiser = type(denoiser).from_config(denoiser.config, **channels)
+    elif denoiser.config.in_channels != latent_channels:
+        denoiser = widen_denoiser(denoiser, latent_channels, model.unet_init)
     if model.lora_rank:
         # alpha = rank: the scale is then 1 whatever the rank.
         rank = {"r": model.lora_rank, "lora_alpha": model.lora_rank}
-        unet.add_adapter(LoraConfig(**rank, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
-    return prepare_model(options.optim, unet)
+        denoiser.add_adapter(LoraConfig(**rank, target_modules=list(kind.lora_target_modules)))
+    return prepare_model(options.optim, denoiser)
 
 
-def _build_task(options, pipeline):
+def _build_task(options, accelerator, family, pipeline):
     data, optim, prompts = options.data, options.optim, options.run.validation_prompts
-    paint = partial(paint_each, pipeline.unet, pipeline, prompts, optim.seed)
+    denoiser = getattr(pipeline, family.denoiser_name)
+    text_encoders = {name: getattr(pipeline, name) for name in family.tokenizers}
+    conditional = ConditionalDenoiser(family, denoiser, text_encoders, options.model.train_text_encoder)
+    for encoder in conditional.frozen_text_encoders.values():
+        encoder.to(accelerator.device)
     return DenoiserTask(
-        denoiser=ConditionalDenoiser(pipeline.unet, pipeline.text_encoder, options.model.train_text_encoder),
+        denoiser=conditional,
         vae=pipeline.vae,
         scheduler=pipeline.scheduler,
         stages=optim.stages,
         condition_column=data.caption_column,
-        condition=Prompts(data.caption_column, pipeline.tokenizer, data.proportion_empty_prompts),
-        validation_condition=Prompts(data.caption_column, pipeline.tokenizer),
+        condition=Prompts(data.caption_column, family.condition, data.proportion_empty_prompts),
+        validation_condition=Prompts(data.caption_column, family.condition),
         save=partial(_save_pipeline, pipeline, bool(options.model.lora_rank)),
-        paint=paint if prompts else None,
+        paint=partial(paint_each, denoiser, pipeline, prompts, optim.seed) if prompts else None,
         start_stage=lambda denoiser, stage: denoiser.train_only(stage.trained),
-        parts={"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae},
+        weighting_scheme=options.noise.weighting_scheme or family.weighting_scheme,
+        with_sizes=family.takes_sizes,
+        parts={family.denoiser_name: denoiser, **text_encoders, "vae": pipeline.vae},
     )
 
 
 def _save_pipeline(pipeline, is_adapter, trainer, folder):
     """The whole pipeline, or with `--lora_rank` what has been trained of it, autoencoder and noise schedule."""
-    unet = whole_module(trainer.accelerator, trainer.denoiser, "unet")
-    text_encoder = whole_module(trainer.accelerator, trainer.denoiser, "text_encoder")
+    conditional = trainer.accelerator.unwrap_model(trainer.denoiser)
+    name = conditional.family.denoiser_name
+    trained = {
+        part: whole_module(trainer.accelerator, trainer.denoiser, part)
+        for part in (name, *conditional.trained_text_encoders)
+    }
     if not trainer.accelerator.is_main_process:
         return
     if is_adapter:
-        save_lora(unet, type(pipeline), folder)
+        save_lora(trained[name], type(pipeline), folder, name)
         pipeline.vae.save_pretrained(Path(folder, "vae"))
         pipeline.scheduler.save_pretrained(Path(folder, "scheduler"))
     else:
-        parts = pipeline.components | {"unet": unet, "text_encoder": text_encoder}
-        type(pipeline)(**parts, **pipeline.parameters).save_pretrained(folder)
+        type(pipeline)(**pipeline.components | trained, **pipeline.parameters).save_pretrained(folder)
