@@ -129,6 +129,32 @@ def test_a_foreign_file_and_a_newer_version_are_named(model, picture, tmp_path):
         decompress_picture(model, bytes(content) + struct.pack("<I", zlib.crc32(content)))
 
 
+def with_checksum(content):
+    return bytes(content) + struct.pack("<I", zlib.crc32(content))
+
+
+@pytest.mark.parametrize("size", [(2**32 - 1, 2**32 - 1), (20_000, 20_000), (4000, 4000), (0, 0), (0, 31)])
+def test_a_header_that_lies_about_the_size_is_refused_before_anything_is_reserved(size, model, picture, monkeypatch):
+    monkeypatch.setattr(np, "empty", None)  # of the codes
+    content = bytearray(compress_picture(model, picture)[:-4])
+    content[13:33] = struct.pack("<5I", *size, 4, *(-(-side // 4) for side in size[::-1]))
+    with pytest.raises(ValueError, match=r"claims \d+ x \d+ pixels|bytes cannot be 4000 x 4000 pixels"):
+        decompress_picture(model, with_checksum(content))
+
+
+@pytest.mark.parametrize("change", [-8, -4, -1, 1, 4, 400])
+def test_a_content_of_another_length_with_a_valid_checksum_is_refused(change, model, picture):
+    content = compress_picture(model, picture)[:-4]
+    content = content[:change] if change < 0 else content + bytes(change)
+    with pytest.raises(ValueError, match="is damaged"):
+        unpack_codes(model, with_checksum(content))
+
+
+def test_the_cheapest_codes_there_are_come_back(model):
+    codes = torch.zeros(1, 4, 100, 100, dtype=torch.long)
+    assert torch.equal(unpack_codes(model, pack_codes(model, codes, (400, 400)))[0], codes)
+
+
 def test_a_file_of_another_model_is_refused(model, picture):
     data = compress_picture(model, picture)
     model.quantizer.codebooks.data[1, 2, 0] += 1e-3

@@ -1,9 +1,15 @@
-import pytest
+import os
 
+import PIL.Image
+import pytest
+from conftest import tiny_config
+
+from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import create_autoencoder, load_autoencoder
+from diffusers_pq.cli import main
 from diffusers_pq.data.pictures import load_images
 from diffusers_pq.evaluation.systems import load_for_evaluation
-from diffusers_pq.files import read_json
+from diffusers_pq.files import read_json, replacing, write_text
 
 
 @pytest.mark.parametrize("text, message", [("{", "is no valid JSON"), ("\ufeff{}", "is no valid JSON")])
@@ -36,3 +42,53 @@ def test_a_file_that_is_missing_or_holds_something_else_is_named(tmp_path):
 def test_a_folder_that_does_not_exist_is_said_not_to(load, name):
     with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
         load(name)
+
+
+def test_a_file_is_replaced_by_a_whole_one_only(tmp_path):
+    write_text(tmp_path / "new" / "file.txt", "one")
+    with pytest.raises(KeyError), replacing(tmp_path / "new" / "file.txt") as unfinished:
+        unfinished.write_text("half")
+        raise KeyError
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file.txt"]
+    assert (tmp_path / "new" / "file.txt").read_text() == "one"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "dangling link", "folder"])
+def test_what_is_no_regular_file_is_not_replaced(kind, tmp_path):
+    output, target = tmp_path / "output", tmp_path / "target"
+    if kind == "fifo":
+        os.mkfifo(output)
+    elif kind == "folder":
+        output.mkdir()
+    else:
+        output.symlink_to(target)
+        if kind == "link":
+            target.write_text("mine")
+    before = os.lstat(output)
+    with pytest.raises(ValueError, match=f"The output {output} is (no regular file|a link|a folder)"):
+        write_text(output, "text")
+    after = os.lstat(output)
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert target.exists() == (kind == "link") and (kind != "link" or target.read_text() == "mine")
+
+
+def test_nothing_is_written_through_a_link_in_the_place_of_the_unfinished_file(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".unfinished-output").symlink_to(tmp_path / "mine")
+    write_text(tmp_path / "output", "text")
+    assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "output").read_text() == "text"
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "compress", "decompress"])
+@pytest.mark.parametrize("other_name", [False, True])
+def test_a_command_does_not_overwrite_its_input(command, other_name, tmp_path, capsys):
+    PQModel(**tiny_config()).save_pretrained(tmp_path / "model")
+    PIL.Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
+    output = tmp_path / "photo.png"
+    if other_name:
+        output = tmp_path / "hard-link.png"
+        os.link(tmp_path / "photo.png", output)
+    before = output.read_bytes()
+    arguments = [command, str(tmp_path / "photo.png"), "--model", str(tmp_path / "model"), "--output", str(output)]
+    assert main(arguments) == 1 and "is the input, which would be overwritten" in capsys.readouterr().err
+    assert output.read_bytes() == before

@@ -106,14 +106,16 @@ def _build_parser() -> argparse.ArgumentParser:
 def _reconstruct(args):
     from .autoencoders import load_autoencoder
     from .devices import usable_device
+    from .files import check_output
     from .images import load_image, save_image
     from .reconstruction import reconstruct_picture
 
+    output = args.output or args.picture.with_name(f"{args.picture.stem}-reconstruction.png")
+    check_output(output, args.picture)
     device = usable_device(args.device)
     picture = load_image(args.picture)
     model = load_autoencoder(args.model).to(device)
     result = reconstruct_picture(model, picture)
-    output = args.output or args.picture.with_name(f"{args.picture.stem}-reconstruction.png")
     save_image(result.picture, output)
     print(f"{output}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.scores.items()))
 
@@ -197,10 +199,11 @@ def _compress(args):
     from .autoencoders import load_autoencoder
     from .compression import compress_picture, decompress_picture
     from .devices import usable_device
-    from .files import replacing
+    from .files import check_output, replacing
     from .images import load_image, to_tensor, to_uint8
     from .metrics import psnr
 
+    check_output(args.output, args.picture)
     device = usable_device(args.device)
     picture = load_image(args.picture)
     model = load_autoencoder(args.model).to(device)
@@ -216,8 +219,10 @@ def _decompress(args):
     from .autoencoders import load_autoencoder
     from .compression import decompress_picture
     from .devices import usable_device
+    from .files import check_output
     from .images import save_image
 
+    check_output(args.output, args.file)
     device = usable_device(args.device)
     data = args.file.read_bytes()
     model = load_autoencoder(args.model).to(device)

@@ -19,6 +19,7 @@ A file is, with integers in little-endian order:
 """
 
 import hashlib
+import math
 import struct
 import zlib
 
@@ -44,6 +45,8 @@ _DISTRIBUTIONS = stream.model.Categorical(perfect=False)
 # The uniform distribution at the start weighs as much as this many codes. Chosen on the validation tiles of
 # `diffusers-pq prepare-data`: smaller suits a large codebook, larger a small one, and neither by more than 1%.
 _START_WEIGHT = 32
+# What Pillow refuses to open: a header of a few bytes can claim anything.
+_MOST_PIXELS = 2 * 89_478_485
 
 
 @torch.no_grad()
@@ -120,8 +123,10 @@ def unpack_codes(model: PQModel, data: bytes) -> tuple[torch.LongTensor, tuple[i
     _, _, fingerprint, width, height, *shape = _HEADER.unpack_from(data)
     if fingerprint != _fingerprint(model) or tuple(shape) != _codes_shape(model, (width, height)):
         raise ValueError("The compressed picture was made with another model: decompress it with that one.")
+    content = data[_HEADER.size : -_CHECKSUM.size]
+    _check_size(model, width, height, len(content))
     subspaces, rows, columns = shape
-    words = np.frombuffer(data[_HEADER.size : -_CHECKSUM.size], dtype="<u4").astype(np.uint32)
+    words = np.frombuffer(content, dtype="<u4").astype(np.uint32)
     decoder, weights = stream.queue.RangeDecoder(words), _start_weights(model)
     codes = np.empty((rows * columns, subspaces), dtype=np.int64)
     for pixel in codes:
@@ -130,7 +135,10 @@ def unpack_codes(model: PQModel, data: bytes) -> tuple[torch.LongTensor, tuple[i
         except AssertionError as error:  # of the decoder, about words that no encoder writes
             raise ValueError(f"The compressed picture is damaged: {error}") from error
         _count(weights, pixel)
-    return torch.from_numpy(codes).T.reshape(1, subspaces, rows, columns), (width, height)
+    codes = torch.from_numpy(codes).T.reshape(1, subspaces, rows, columns)
+    if pack_codes(model, codes, (width, height)) != data:  # too many words, or too few, decode to something, too
+        raise ValueError("The compressed picture is damaged: its content is not that of its codes.")
+    return codes, (width, height)
 
 
 def _start_weights(model: PQModel) -> np.ndarray:
@@ -153,6 +161,21 @@ def _codes_shape(model: PQModel, size: tuple[int, int]) -> tuple[int, int, int]:
 def _fingerprint(model: PQModel) -> bytes:
     codebooks = model.quantizer.codebooks.detach().float().cpu().numpy()
     return hashlib.sha256(codebooks.astype("<f4").tobytes()).digest()[:8]
+
+
+def _check_size(model: PQModel, width: int, height: int, num_bytes: int):
+    """Raise a `ValueError` unless so many bytes can hold the codes of a picture of this size."""
+    subspaces, rows, columns = _codes_shape(model, (width, height))
+    if not 0 < width * height <= _MOST_PIXELS:
+        raise ValueError(f"The compressed picture claims {width} x {height} pixels: it is damaged or an attack.")
+    # What it takes to code one and the same entry each time, the cheapest there is: -log2 of the product of
+    # (n + start / K) / (n + start) over the latent pixels n.
+    start, entries, pixels = _START_WEIGHT, model.config.codebook_size, rows * columns
+    logarithm = math.lgamma(pixels + start) - math.lgamma(start)
+    logarithm -= math.lgamma(pixels + start / entries) - math.lgamma(start / entries)
+    # The coder ends on whole words of 32 bits.
+    if num_bytes % 4 or 8 * num_bytes + 32 < subspaces * logarithm / math.log(2):
+        raise ValueError(f"The compressed picture is damaged: {num_bytes} bytes cannot be {width} x {height} pixels.")
 
 
 def _check_model(model: torch.nn.Module):

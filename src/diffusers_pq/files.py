@@ -8,15 +8,38 @@ from pathlib import Path
 from typing import Any
 
 
+def check_output(path: str | os.PathLike, *inputs: str | os.PathLike):
+    """
+    Raise a `ValueError` unless a file can be written there without harm: `path` must be a new name or a regular file,
+    since anything else, such as a device or a link, would be replaced by the file; and none of the `inputs`.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        raise ValueError(f"The output {path} is a link, which would be replaced: name the file it leads to.")
+    if not path.exists():
+        return
+    if path.is_dir():
+        raise ValueError(f"The output {path} is a folder: name a file.")
+    if not path.is_file():
+        raise ValueError(f"The output {path} is no regular file, and would be replaced: name another one.")
+    if any(os.path.exists(other) and path.samefile(other) for other in inputs):
+        raise ValueError(f"The output {path} is the input, which would be overwritten: name another file.")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     Gives a path to write to, with the same suffix in the same folder, which is made if need be; what was written there
     takes the place of `path` if no error is raised.
+
+    Raises:
+        ValueError: if `path` is there, but no regular file; see [`check_output`].
     """
     path = Path(path)
+    check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.unlink(missing_ok=True)  # a link there would be written through
     try:
         yield unfinished
         os.replace(unfinished, path)

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..autoencoders import weights_digest
 from ..data.fingerprints import fingerprint_files, fingerprint_rows
 from ..data.pictures import decode_image, load_images, picture_folder
-from ..files import read_json, write_json, write_text
+from ..files import read_json, replacing, write_json, write_text
 from ..images import to_tensor, to_uint8
 from ..measuring import describe_machine
 from ..metrics import DEFAULT_METRICS, CodebookUsage, load_metrics
@@ -237,9 +237,8 @@ class EvaluationProgress:
             if not isinstance(state, list) or state
         }
         record = {"batches": batches, "pictures": pictures, "settings": self.settings}
-        unfinished = self.path.with_suffix(".unfinished")
-        save_file(states, unfinished, metadata={"progress": json.dumps(record)})
-        os.replace(unfinished, self.path)
+        with replacing(self.path) as unfinished:
+            save_file(states, unfinished, metadata={"progress": json.dumps(record)})
 
     def restore(self, metrics: MetricCollection) -> tuple[int, int]:
         """
