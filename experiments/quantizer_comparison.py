@@ -54,6 +54,7 @@ from diffusers_pq.training.run import load_train_split
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ("--config", str(ROOT / "training_scripts" / "recipes" / "pqgan-mini.yaml"), "--max_train_steps", "600")
+RECIPE += ("--weight_init", "pca_rotated")  # no bottleneck is favoured
 # Six pictures are too few for the distances between distributions.
 PHOTOGRAPH_METRICS = ("psnr", "psnr_pooled", "ssim", "lpips_alex")
 OWN_SETTINGS = ("vq_codebook_size", "eval_resolution", "max_eval_samples", "model_config")
@@ -96,7 +97,7 @@ def build(name, config, args, options):
     autoencoder = create_bottleneck(name, config, args.vq_codebook_size)
     torch.manual_seed(options.optim.seed)
     copy_matching_weights(autoencoder, PQModel.from_config(config))  # encoder and decoder
-    if options.model.weight_init == "pca":
+    if options.model.weight_init != "default":
         pqgan.fit_to_images(options, autoencoder, train_images)
     if options.codebooks.codebook_init == "kmeans" and name not in ("kl", "none"):
         # The same number for all, that of the one with the most entries.

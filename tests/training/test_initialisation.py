@@ -47,6 +47,28 @@ def test_pca_init_pairs_large_components_with_small_ones(smooth_images):
     assert spread.max() - spread.min() < variance.log().max() - variance.log().min()
 
 
+def test_a_rotated_start_is_the_same_for_all_bottlenecks_and_favours_no_channel(smooth_images):
+    shape = {"block_out_channels": (8, 16, 32), "norm_num_groups": 1, "mid_block_add_attention": False}
+
+    def start(seed=0, **bottleneck):
+        torch.manual_seed(0)
+        model = PQModel(**tiny_config(**shape, z_channels=8, **bottleneck))
+        pca_init(model, smooth_images, model.config.num_subspaces, rotation_seed=seed)
+        return model.encode(smooth_images).latents.detach()
+
+    scalar, product = start(num_subspaces=8), start(num_subspaces=2)
+    torch.testing.assert_close(scalar, product)
+    assert not torch.allclose(scalar, start(seed=1, num_subspaces=8), atol=0.1)
+    torch.manual_seed(0)
+    model = PQModel(**tiny_config(**shape, z_channels=8))
+    pca_init(model, smooth_images)
+    dealt = model.encode(smooth_images).latents.detach()
+    spread = [float(latents.var((0, 2, 3)).log().std()) for latents in (scalar, dealt)]
+    assert spread[0] < spread[1] / 2
+    assert mean_squared_error(model, smooth_images) < 0.02
+    assert scalar.square().sum() == pytest.approx(float(dealt.square().sum()), rel=0.1)
+
+
 def test_pca_init_gives_a_kl_autoencoder_little_noise(smooth_images):
     torch.manual_seed(0)
     model = AutoencoderKL(block_out_channels=(16,), norm_num_groups=1, mid_block_add_attention=False)

@@ -26,7 +26,7 @@ _LOG_VARIANCE = -6.0
 
 
 @torch.no_grad()
-def pca_init(model: nn.Module, images: torch.Tensor, num_subspaces: int = 1):
+def pca_init(model: nn.Module, images: torch.Tensor, num_subspaces: int = 1, rotation_seed: int | None = None):
     """
     Start an autoencoder as the best linear one that its layers can hold, fitted to pictures.
 
@@ -41,9 +41,12 @@ def pca_init(model: nn.Module, images: torch.Tensor, num_subspaces: int = 1):
         images (`torch.Tensor` of shape `(B, 3, H, W)`): Pictures in [-1, 1].
         num_subspaces (`int`): The components are dealt out to so many subspaces, the largest with the smallest, so
             that all subspaces have about as much to tell.
+        rotation_seed (`int`, *optional*): Rotate the components at random instead of dealing them out, so that all
+            channels have about as much to tell, whatever the bottleneck. The rotation depends on the seed and the
+            number of components alone.
     """
     _set_branches_to_zero(model)
-    streams, latents = _init_encoder(model, images, num_subspaces)
+    streams, latents = _init_encoder(model, images, num_subspaces, rotation_seed)
     _init_decoder(model, latents, streams, images)
 
 
@@ -61,7 +64,9 @@ def _set_branches_to_zero(model: nn.Module):
         nn.init.zeros_(last.bias)
 
 
-def _init_encoder(model: nn.Module, images: torch.Tensor, num_subspaces: int) -> tuple[list, torch.Tensor]:
+def _init_encoder(
+    model: nn.Module, images: torch.Tensor, num_subspaces: int, rotation_seed: int | None
+) -> tuple[list, torch.Tensor]:
     """Set the encoder; returns what it holds at each resolution, finest first, and the latents."""
     encoder = model.encoder
     _set_identity(encoder.conv_in)
@@ -76,7 +81,11 @@ def _init_encoder(model: nn.Module, images: torch.Tensor, num_subspaces: int) ->
         used = _set_principal_components(block.downsamplers[0].conv, stream, used)
         stream = block.downsamplers[0](stream)
     count = min(encoder.conv_out.out_channels, model.config.latent_channels)
-    components = _principal_components(stream[:, :used], count, num_subspaces)
+    components = _principal_components(stream[:, :used], count)
+    if rotation_seed is None:
+        components = _dealt_out(components, num_subspaces)
+    else:
+        components = _rotated(components, rotation_seed)
     features = encoder.conv_act(encoder.conv_norm_out(encoder.mid_block(stream)))
     _fit_convolution(encoder.conv_out, features, components)
     if isinstance(model, AutoencoderKL):
@@ -140,17 +149,27 @@ def _set_principal_components(conv: nn.Conv2d, stream: torch.Tensor, used: int) 
     return count
 
 
-def _principal_components(stream: torch.Tensor, count: int, num_subspaces: int) -> torch.Tensor:
+def _principal_components(stream: torch.Tensor, count: int) -> torch.Tensor:
     """Of the stream's pixels, centred: the constant channel and the pictures' mean need no place in the latents."""
     pixels = (stream - stream.mean((0, 2, 3), keepdim=True)).movedim(1, -1)
     count = min(count, pixels.shape[-1])
-    components = pixels @ _eigenvectors(pixels.flatten(0, -2))[:, :count]
-    if count % num_subspaces == 0:
-        # Row by row, back and forth: subspace s gets the components s, 2S-1-s, 2S+s, ...
-        order = torch.arange(count).view(-1, num_subspaces)
-        order[1::2] = order[1::2].flip(1)
-        components = components[..., order.T.flatten()]
-    return components.movedim(-1, 1)
+    return (pixels @ _eigenvectors(pixels.flatten(0, -2))[:, :count]).movedim(-1, 1)
+
+
+def _dealt_out(components: torch.Tensor, num_subspaces: int) -> torch.Tensor:
+    """Components `[B, d, h, w]`, row by row, back and forth: subspace s gets the components s, 2S-1-s, 2S+s, ..."""
+    if components.shape[1] % num_subspaces:
+        return components
+    order = torch.arange(components.shape[1]).view(-1, num_subspaces)
+    order[1::2] = order[1::2].flip(1)
+    return components[:, order.T.flatten()]
+
+
+def _rotated(components: torch.Tensor, seed: int) -> torch.Tensor:
+    """Components `[B, d, h, w]` times a random orthogonal matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation = nn.init.orthogonal_(torch.empty([components.shape[1]] * 2), generator=generator)
+    return torch.einsum("ij,bjhw->bihw", rotation.to(components), components)
 
 
 def _eigenvectors(rows: torch.Tensor) -> torch.Tensor:

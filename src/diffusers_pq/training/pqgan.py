@@ -430,8 +430,9 @@ class AutoencoderOptions(Options):
     )
     weight_init: str = flag(
         "default",
-        "torch's, as in the paper, or the linear autoencoder that fits the first crops",
-        choices=("default", "pca"),
+        "torch's, as in the paper, or the linear autoencoder that fits the first crops: its components dealt out to "
+        "the subspaces, the largest with the smallest, or rotated at random by --seed, which favours no bottleneck",
+        choices=("default", "pca", "pca_rotated"),
     )
 
     def check(self):
@@ -441,10 +442,10 @@ class AutoencoderOptions(Options):
             raise ValueError("--revision and --variant are of --pretrained_model_name_or_path")
         if self.backbone_name_or_path and self.pretrained_model_name_or_path:
             raise ValueError("--backbone_name_or_path needs --model_config_name_or_path")
-        if self.weight_init == "pca" and not self.model_config_name_or_path:
-            raise ValueError("--weight_init pca starts afresh: it needs --model_config_name_or_path")
-        if self.weight_init == "pca" and self.backbone_name_or_path:
-            raise ValueError("--weight_init pca and --backbone_name_or_path exclude each other")
+        if self.weight_init != "default" and not self.model_config_name_or_path:
+            raise ValueError(f"--weight_init {self.weight_init} starts afresh: it needs --model_config_name_or_path")
+        if self.weight_init != "default" and self.backbone_name_or_path:
+            raise ValueError(f"--weight_init {self.weight_init} and --backbone_name_or_path exclude each other")
 
 
 @dataclass(kw_only=True)
@@ -568,7 +569,7 @@ def train_pqgan(options: PQGANOptions, build: Callable[[], nn.Module] | None = N
     count_steps(optim, train_images, options.pictures_per_batch, accelerator)
     autoencoder = build_autoencoder(options.model, codebooks) if build is None else build()
     _check_resolution(data.resolution, autoencoder)
-    if build is None and options.model.weight_init == "pca" and run.checkpoint is None:
+    if build is None and options.model.weight_init != "default" and run.checkpoint is None:
         fit_to_images(options, autoencoder, train_images)
     model = ReconstructionModel(prepare_model(optim, autoencoder, (autoencoder.encoder, autoencoder.decoder)))
     perceptual_loss = _build_perceptual_loss(loss, options.run.dry_run)
@@ -639,7 +640,9 @@ def fit_to_images(options: PQGANOptions, autoencoder: nn.Module, train_images):
     """Start from the linear autoencoder of the run's first crops."""
     batches = islice(first_crops(options, train_images), math.ceil(PCA_CROPS / options.optim.train_batch_size))
     quantizer = getattr(autoencoder, "quantizer", None)
-    pca_init(autoencoder, torch.cat(list(batches)), num_subspaces=1 if quantizer is None else quantizer.num_subspaces)
+    num_subspaces = 1 if quantizer is None else quantizer.num_subspaces
+    rotation_seed = options.optim.seed if options.model.weight_init == "pca_rotated" else None
+    pca_init(autoencoder, torch.cat(list(batches)), num_subspaces, rotation_seed)
 
 
 def first_crops(options: PQGANOptions, train_images) -> DataLoader:
