@@ -33,7 +33,6 @@ except ModuleNotFoundError as error:
 """
 # Of no pixels, a multiple of whatever the parents ask for: 8 in one, F in another. `_check_size` checks the real one.
 ACCEPTED_SIZE = (0, 0)
-_COMPONENT_CODE = "from diffusers_pq import {name}  # noqa: F401\n"
 
 
 # In place of the dtype into which diffusers' `from_pipe` casts.
@@ -73,17 +72,13 @@ class ImportedByCodeMixin:
     def to_json_file(self, json_file_path: str | os.PathLike):
         """
         Write `model_index.json` and, beside it, the code by which `DiffusionPipeline.from_pretrained` finds this class
-        and the `PQModel` with `trust_remote_code=True`. It only imports them; `diffusers_pq` must be installed.
+        with `trust_remote_code=True`. It only imports it; `diffusers_pq` must be installed.
         diffusers prefers it to a `custom_pipeline`: load sibling pipelines by their own classes.
         """
         path = Path(json_file_path)
         config = json.loads(self.to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         path.with_name("pipeline.py").write_text(_PIPELINE_CODE.format(name=type(self).__name__), encoding="utf-8")
-        for component, name in _own_components(config).items():
-            code_path = path.with_name(component) / "diffusers_pq.py"
-            code_path.parent.mkdir(exist_ok=True)
-            code_path.write_text(_COMPONENT_CODE.format(name=name), encoding="utf-8")
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:

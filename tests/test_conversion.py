@@ -548,7 +548,8 @@ def test_the_command_writes_a_folder_whole_or_not_at_all(vqgan, tmp_path, capsys
     checkpoint, config, tensors = vqgan
     output = convert(checkpoint, config, tmp_path / "new" / "out")
     assert capsys.readouterr().out.startswith(f"{output}: PQModel of")
-    assert sorted(path.name for path in output.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    names = ["config.json", "diffusers_pq.py", "diffusion_pytorch_model.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == names
     assert [path.name for path in output.parent.iterdir()] == ["out"]
     command = ["convert", str(checkpoint), "--config", str(config), "--output"]
     assert main([*command, str(output)]) == 1

@@ -27,6 +27,19 @@ def test_diffusers_knows_the_library_whatever_is_imported_first(order):
     assert result.stdout.strip() == "['DiffusionPipeline', 'ModelMixin']", result.stderr
 
 
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import diffusers_pq; from diffusers import AutoPipelineForInpainting as auto",
+        "from diffusers import AutoPipelineForInpainting as auto; import diffusers_pq",
+    ],
+)
+def test_auto_pipelines_know_ours_whatever_is_imported_first(order):
+    code = f"{order}; from diffusers.pipelines.auto_pipeline import AUTO_INPAINT_PIPELINES_MAPPING as known; "
+    result = python(code + "print(known['stable-diffusion-pq'] is diffusers_pq.StableDiffusionPQInpaintPipeline)")
+    assert result.stdout.strip() == "True", result.stderr
+
+
 def test_a_diffusers_without_the_table_gives_a_clear_error():
     from diffusers_pq import _registration
 

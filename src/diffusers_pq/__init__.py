@@ -41,7 +41,6 @@ _PUBLIC = {
 __all__ = [*_PUBLIC, "__version__"]
 
 check_dependency_versions()
-register_with_diffusers()
 
 
 def __getattr__(name):
@@ -54,3 +53,7 @@ def __getattr__(name):
 
 def __dir__():
     return sorted(__all__)
+
+
+# Last, since it may load names of this package.
+register_with_diffusers()

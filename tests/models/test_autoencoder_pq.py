@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from conftest import tiny_config, tiny_unet
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoModel, DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -60,6 +60,15 @@ def test_save_and_load_round_trip(model, images, tmp_path, variant):
     assert {**read, "_name_or_path": ""} == {**saved, "_name_or_path": ""}
     assert torch.equal(loaded(images).sample, model(images).sample)
     assert not list(tmp_path.glob("*.bin"))
+
+
+def test_auto_model_loads_a_saved_model(model, images, tmp_path, caplog):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True)
+    assert type(loaded) is PQModel and torch.equal(loaded(images).sample, model(images).sample)
+    assert "not expected" not in caplog.text
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModel.from_pretrained(str(tmp_path))
 
 
 def test_half_precision_loading_keeps_the_codebooks_exact(model, images, tmp_path):

@@ -11,7 +11,13 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import CpuOffload
 from conftest import tiny_config, tiny_unet
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
@@ -327,6 +333,16 @@ def test_pipelines_share_their_components(pipeline, family):
     for other in family[1]:
         converted = quiet(other.from_pipe(pipeline))
         assert denoiser(converted) is denoiser(pipeline) and converted.vae is pipeline.vae
+        assert paint(converted).shape == (1, 32, 32, 3)
+
+
+def test_auto_pipelines_find_the_siblings(pipeline, family):
+    autos = (AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting)
+    for auto, expected in zip(autos, family[1]):
+        converted = quiet(auto.from_pipe(pipeline))
+        assert type(converted) is expected
+        assert denoiser(converted) is denoiser(pipeline) and converted.vae is pipeline.vae
+        assert converted.config.guidance_scale == pipeline.config.guidance_scale
         assert paint(converted).shape == (1, 32, 32, 3)
 
 

@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from .auto_class import AutoModelMixin
 from .quantizer import ProductQuantizer, ProductQuantizerOutput, bits_per_code
 from .search import is_exporting
 from .tiling import blend_tiles
@@ -50,7 +51,7 @@ class PQModelOutput(BaseOutput):
 _LARGEST = 2**20  # channels, layers, entries
 
 
-class PQModel(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     r"""
     A product-quantised autoencoder: the encoder and decoder of VQGAN with its vector quantiser replaced by a
     [`ProductQuantizer`] (Product-Quantised Image Representation for High-Quality Image

@@ -12,6 +12,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_rot
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
+from .auto_class import AutoModelMixin
 from .quantizer import ProductQuantizer
 
 
@@ -31,7 +32,7 @@ class PQMaskedTransformerOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class PQMaskedTransformer(ModelMixin, ConfigMixin):
+class PQMaskedTransformer(AutoModelMixin, ModelMixin, ConfigMixin):
     r"""
     Predicts masked product codes from those that are known: a bidirectional transformer over the h w latent pixels, as
     in MaskGIT (Chang et al., 2022), whose tokens are the S codes of a pixel together.

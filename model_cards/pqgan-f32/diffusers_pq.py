@@ -1,0 +1,1 @@
+from diffusers_pq import PQModel  # noqa: F401
