@@ -45,7 +45,7 @@ def parse_args(argv=None):
 
 def paint(source, args):
     """PIL pictures `[prompts][images]`, each from a seed of its own."""
-    options = {"trust_remote_code": True, "torch_dtype": getattr(torch, args.dtype)}
+    options = {"trust_remote_code": True, "dtype": getattr(torch, args.dtype)}
     pipeline = DiffusionPipeline.from_pretrained(source, **options).to(args.device)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     count = args.num_images_per_prompt

@@ -152,7 +152,7 @@ def _widen_unet(args):
 
     if args.output.exists():
         raise FileExistsError(f"{args.output} exists already: choose another folder or remove it.")
-    options = {"subfolder": args.subfolder, "torch_dtype": getattr(torch, args.dtype), "use_safetensors": True}
+    options = {"subfolder": args.subfolder, "dtype": getattr(torch, args.dtype), "use_safetensors": True}
     try:
         with folder_or_hub(args.denoiser):
             denoiser = AutoModel.from_pretrained(args.denoiser, **options)

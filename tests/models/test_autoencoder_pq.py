@@ -73,7 +73,7 @@ def test_auto_model_loads_a_saved_model(model, images, tmp_path, caplog):
 
 def test_half_precision_loading_keeps_the_codebooks_exact(model, images, tmp_path):
     model.save_pretrained(tmp_path)
-    half = PQModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    half = PQModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     assert half.encoder.conv_in.weight.dtype == torch.bfloat16
     assert torch.equal(half.quantizer.codebooks, model.quantizer.codebooks)
     output = half(images.bfloat16())

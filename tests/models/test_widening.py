@@ -277,7 +277,7 @@ def test_widened_model_survives_a_round_trip_and_keeps_its_dtype(unet, tmp_path)
     widened = widen_unet(unet.to(torch.bfloat16), 8)
     assert {parameter.dtype for parameter in widened.parameters()} == {torch.bfloat16}
     widened.save_pretrained(tmp_path)
-    loaded = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
     latents = torch.randn(1, 8, 8, 8, dtype=torch.bfloat16)
     text = torch.ones(1, 3, 16, dtype=torch.bfloat16)
     assert torch.equal(loaded(latents, 5, text).sample, widened(latents, 5, text).sample)

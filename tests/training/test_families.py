@@ -13,6 +13,7 @@ import torch
 from conftest import tiny_config
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from hub_stand_in import Hub
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from scripts import run_script
 from tiny_pipelines import stable_diffusion, stable_diffusion_3, stable_diffusion_xl, tiny_kl
@@ -127,14 +128,24 @@ def test_the_first_stage_trains_the_first_and_last_layer_only(family, workspace)
 @by_new_family
 def test_an_adapter_is_trained_that_our_pipelines_load(family, workspace):
     output = f"{family.__name__}-lora"
-    adapt(workspace, family, output, "--lora_rank", 2)
+    extra = ("--lora_alpha", 4) if family is StableDiffusion3 else ("--lora_target_modules", "to_q", "ff.net.2")
+    adapt(workspace, family, output, "--lora_rank", 2, *extra)
     vae = PQModel.from_pretrained(workspace / output / "vae")
     start = getattr(family.pq_pipeline_class, SOURCES[family][2])
     pipeline = start(workspace / family.__name__, vae=vae)
     before = paint(pipeline)
     pipeline.load_lora_weights(workspace / output)
-    state = getattr(pipeline, family.denoiser_name).state_dict()
-    assert any(value.any() for name, value in state.items() if "lora_B" in name)
+    denoiser = getattr(pipeline, family.denoiser_name)
+    saved = load_file(workspace / output / "pytorch_lora_weights.safetensors")
+    loaded = {name: value for name, value in denoiser.state_dict().items() if "lora_" in name}
+    layers = ({name: value for name, value in state.items() if "lora" in name} for state in (saved, loaded))
+    sums = [sorted(float(value.abs().sum()) for value in state.values()) for state in layers]
+    assert sums[0] == pytest.approx(sums[1]) and sum(sums[0]) > 0, "each layer is loaded"
+    layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+    assert {layer.scaling["default_0"] for layer in layers} == {2.0 if family is StableDiffusion3 else 1.0}
+    if family is StableDiffusionXL:
+        kinds = {name.split(".lora_")[0].split("attn")[-1].lstrip("12.") for name in loaded}
+        assert {kind.rpartition("ff.net")[1] or kind for kind in kinds} == {"to_q", "ff.net"}
     assert np.abs(paint(pipeline) - before).max() > 1e-4
 
 
@@ -229,6 +240,12 @@ def test_checkpoints_that_hold_text_encoders_which_are_not_trained_still_load():
     ("family", "extra", "message"),
     [
         (StableDiffusion3, ("--snr_gamma", 5), "--snr_gamma is of diffusion, but the pipeline is of flow matching"),
+        (
+            StableDiffusionXL,
+            ("--lora_rank", 2, "--lora_target_modules", "to_z"),
+            "no layer of the denoiser is called 'to_z'",
+        ),
+        (StableDiffusionXL, ("--lora_alpha", 2), "--lora_alpha needs --lora_rank"),
         (StableDiffusionXL, ("--weighting_scheme", "none"), "--weighting_scheme is of flow matching: leave it out"),
         (
             StableDiffusion3,

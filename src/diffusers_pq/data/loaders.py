@@ -295,6 +295,7 @@ def build_train_loader(
     shuffle_buffer: int = 1000,
     num_workers: int = 0,
     on_bad_image: str = "skip",
+    prefetch_factor: int | None = None,
 ) -> DataLoader:
     """
     This process's endless loader; it needs no `accelerator.prepare`.
@@ -312,6 +313,7 @@ def build_train_loader(
         shuffle_buffer (`int`): Rows of a stream that are shuffled among each other.
         num_workers (`int`)
         on_bad_image (`str`): See [`BadImages`].
+        prefetch_factor (`int`, *optional*): Batches that each worker reads ahead. Default: torch's.
     """
     place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     bad_images = BadImages(on_bad_image, num_workers)
@@ -320,6 +322,7 @@ def build_train_loader(
         "batch_size": batch_size,
         "collate_fn": collate_fn,
         "num_workers": num_workers,
+        "prefetch_factor": prefetch_factor,
         "pin_memory": accelerator.device.type == "cuda",
         # torch draws the workers' seeds from it; from the global generator, a resumed run would draw once more.
         "generator": torch.Generator(),

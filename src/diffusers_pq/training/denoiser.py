@@ -31,6 +31,7 @@ from ..models.class_conditioning import predict
 from ..models.widening import outer_layers
 from .families import Family
 from .noise import denoising_loss
+from .optimizers import build_optimizer
 from .options import (
     DenoiserDataOptions,
     DenoiserOptimisationOptions,
@@ -266,7 +267,9 @@ def save_lora(denoiser: nn.Module, pipeline_class: type, folder: str | os.PathLi
         folder: Gets a `pytorch_lora_weights.safetensors`.
         name (`str`): Of the denoiser among the pipeline's components.
     """
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
+    layers = get_peft_model_state_dict(denoiser)
+    if name == "unet":  # in diffusers' own names, as ever; transformers keep those of peft
+        layers = convert_state_dict_to_diffusers(layers)
     outer = tuple(f"{layer}." for layer in outer_layers(denoiser))
     layers |= {key: value for key, value in denoiser.state_dict().items() if key.startswith(outer)}
     metadata = denoiser.peft_config["default"].to_dict()
@@ -548,13 +551,8 @@ def _measure_statistics(options, task):
 
 def _build_trainer(options, accelerator, task) -> DenoiserTrainer:
     optim, noise = options.optim, options.noise
-    optimizer = torch.optim.AdamW(
-        task.denoiser.learned_parameters(),
-        task.stages[0].learning_rate,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        weight_decay=optim.adam_weight_decay,
-        fused=True,
-    )
+    learned, learning_rate = task.denoiser.learned_parameters(), task.stages[0].learning_rate
+    optimizer = build_optimizer(optim, learned, learning_rate, optim.adam_weight_decay)
     lr_scheduler = _build_lr_scheduler(optim, task.stages, optimizer, accelerator.num_processes)
     prepared = accelerator.prepare(task.denoiser, optimizer, lr_scheduler)
     ema = None
@@ -605,6 +603,7 @@ def _build_loader(options, accelerator, pictures, step) -> DataLoader:
         start=_samples_seen(optim, accelerator, step),
         shuffle_buffer=data.shuffle_buffer,
         num_workers=data.dataloader_num_workers,
+        prefetch_factor=data.dataloader_prefetch,
         on_bad_image=data.on_bad_image,
     )
 

@@ -48,6 +48,13 @@ class DataOptions(Options):
     dataloader_num_workers: int = flag(
         0, "worker processes that read pictures, per process", minimum=0, differs="between machines"
     )
+    dataloader_prefetch: int | None = flag(
+        None, "batches that each worker reads ahead; default: 2", minimum=1, differs="between machines"
+    )
+
+    def check(self):
+        if self.dataloader_prefetch is not None and not self.dataloader_num_workers:
+            raise ValueError("--dataloader_prefetch needs --dataloader_num_workers: nobody reads ahead without")
 
 
 @dataclass(kw_only=True)
@@ -71,6 +78,13 @@ class OptimisationOptions(Options):
     )
     max_train_steps: int = flag(1_000_000, "optimisation steps of the whole run", minimum=1)
     num_train_epochs: int | None = flag(None, "passes over the pictures, instead of --max_train_steps", minimum=1)
+    optimizer: str = flag(
+        "adamw",
+        "adamw, or prodigy of the package prodigyopt, which finds the learning rate itself",
+        choices=("adamw", "prodigy"),
+        fixed=True,
+    )
+    use_8bit_adam: bool = flag(False, "keep Adam's state in 8 bits, by the package bitsandbytes", fixed=True)
     adam_beta1: float = flag(0.9, "decay of Adam's mean of the gradients", minimum=0, below=1)
     adam_beta2: float = flag(0.999, "decay of Adam's mean of their squares", minimum=0, below=1)
     max_grad_norm: float | None = flag(None, "clip gradients to this norm; by default they are not clipped", above=0)
@@ -100,6 +114,10 @@ class OptimisationOptions(Options):
     channels_last: bool = flag(False, "use the memory format that convolutions prefer", differs="between machines")
     compile: bool = flag(False, "torch.compile the model", differs="between machines")
     seed: int = flag(0, "seed of weights, order, crops and noise", minimum=0, maximum=2**32 - 1, fixed=True)
+
+    def check(self):
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise ValueError(f"--use_8bit_adam is of adamw: leave it out with --optimizer {self.optimizer}")
 
     def share_out_batch(self, num_processes: int):
         """

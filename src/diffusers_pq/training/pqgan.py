@@ -26,6 +26,7 @@ from ..metrics import LPIPS, PSNR, SSIM, CodebookUsage, WeightsUnavailableError,
 from ..models.discriminator import PatchDiscriminator
 from .codebooks import DeadEntryReseeder, EMACodebooks
 from .initialisation import collect_latents, copy_matching_weights, kmeans_codebooks, pca_init
+from .optimizers import build_optimizer
 from .options import DataOptions, OptimisationOptions, RunOptions, TrainingOptions
 from .run import (
     FiniteSteps,
@@ -705,6 +706,7 @@ def _build_loader(options, accelerator, train_images, step):
         start=step * pictures * options.optim.gradient_accumulation_steps * accelerator.num_processes,
         shuffle_buffer=data.shuffle_buffer,
         num_workers=data.dataloader_num_workers,
+        prefetch_factor=data.dataloader_prefetch,
         on_bad_image=data.on_bad_image,
     )
 
@@ -762,8 +764,8 @@ def _build_trainer(options, accelerator, model, perceptual_loss):
     codebooks, optim, loss = options.codebooks, options.optim, options.loss
 
     def optimiser(module, rate):
-        adam = torch.optim.Adam(module.parameters(), rate, betas=(optim.adam_beta1, optim.adam_beta2), fused=True)
-        return adam, build_lr_scheduler(optim, adam, accelerator.num_processes)
+        optimizer = build_optimizer(optim, module.parameters(), rate)
+        return optimizer, build_lr_scheduler(optim, optimizer, accelerator.num_processes)
 
     model, optimizer, lr_scheduler = accelerator.prepare(model, *optimiser(model, optim.learning_rate))
     discriminator = build_discriminator(options.model, loss)

@@ -19,7 +19,7 @@ from ..data.pictures import Prompts
 from ..files import folder_or_hub
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
-from ..models.widening import widen_denoiser
+from ..models.widening import outer_layers, widen_denoiser
 from .denoiser import (
     ConditionalDenoiser,
     DenoiserOptions,
@@ -119,7 +119,17 @@ class AdaptationModelOptions(Options):
         fixed=True,
     )
 
+    lora_alpha: float | None = flag(
+        None, "the layers are scaled by it / --lora_rank; default: the rank", above=0, fixed=True
+    )
+    lora_target_modules: list[str] = flag(
+        [], "ends of the names of the layers that get LoRA; default: the projections of attention", fixed=True
+    )
+
     def check(self):
+        for name in ("lora_alpha", "lora_target_modules"):
+            if getattr(self, name) and not self.lora_rank:
+                raise ValueError(f"--{name} needs --lora_rank")
         if self.lora_rank and (self.train_text_encoder or self.unet_init == "random"):
             raise ValueError(
                 "--lora_rank keeps neither a --train_text_encoder nor a UNet of --unet_init random: leave it out"
@@ -150,6 +160,7 @@ class StagedOptimisationOptions(DenoiserOptimisationOptions):
     max_train_steps: int | None = flag(None, "default: all steps of the stages", minimum=1)
 
     def check(self):
+        super().check()
         if self.max_train_steps is None:
             self.max_train_steps = sum(stage.steps for stage in self.stages)
 
@@ -300,9 +311,21 @@ def _build_denoiser(options, kind, denoiser, latent_channels):
         denoiser = widen_denoiser(denoiser, latent_channels, model.unet_init)
     if model.lora_rank:
         # alpha = rank: the scale is then 1 whatever the rank.
-        rank = {"r": model.lora_rank, "lora_alpha": model.lora_rank}
-        denoiser.add_adapter(LoraConfig(**rank, target_modules=list(kind.lora_target_modules)))
+        rank = {"r": model.lora_rank, "lora_alpha": model.lora_alpha or model.lora_rank}
+        targets = model.lora_target_modules or list(kind.lora_target_modules)
+        _check_targets(denoiser, targets)
+        denoiser.add_adapter(LoraConfig(**rank, target_modules=targets))
     return prepare_model(options.optim, denoiser)
+
+
+def _check_targets(denoiser, targets):
+    names, outer = [name for name, _ in denoiser.named_modules()], {*outer_layers(denoiser)}
+    for target in targets:
+        found = [name for name in names if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise ValueError(f"--lora_target_modules: no layer of the denoiser is called {target!r}.")
+        if outer.intersection(found):
+            raise ValueError(f"--lora_target_modules: {target!r} is among the layers that are trained in full.")
 
 
 def _build_task(options, accelerator, family, pipeline):
