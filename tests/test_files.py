@@ -1,8 +1,11 @@
 import os
+import socket
+import time
 
 import PIL.Image
 import pytest
 from conftest import tiny_config
+from huggingface_hub import close_session, constants
 
 from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import create_autoencoder, load_autoencoder
@@ -10,6 +13,7 @@ from diffusers_pq.cli import main
 from diffusers_pq.data.pictures import load_images
 from diffusers_pq.evaluation.systems import load_for_evaluation
 from diffusers_pq.files import read_json, replacing, write_text
+from diffusers_pq.metrics import load_metrics
 
 
 @pytest.mark.parametrize("text, message", [("{", "is no valid JSON"), ("\ufeff{}", "is no valid JSON")])
@@ -92,3 +96,31 @@ def test_a_command_does_not_overwrite_its_input(command, other_name, tmp_path, c
     arguments = [command, str(tmp_path / "photo.png"), "--model", str(tmp_path / "model"), "--output", str(output)]
     assert main(arguments) == 1 and "is the input, which would be overwritten" in capsys.readouterr().err
     assert output.read_bytes() == before
+
+
+@pytest.fixture
+def without_network(monkeypatch, tmp_path):
+    """Counts the tries to reach a host, all of which fail."""
+    tries = []
+
+    def refuse(host, *args, **kwargs):
+        tries.append(host)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    close_session()  # that of the tests refuses by itself
+    yield tries
+    close_session()
+
+
+@pytest.mark.parametrize("load", [load_autoencoder, lambda name: load_metrics(["cmmd"])])
+def test_the_hub_is_tried_once_where_it_cannot_be_reached(load, without_network):
+    started = time.perf_counter()
+    try:
+        load("nobody/absent")
+    except FileNotFoundError as error:
+        assert "nobody/absent does not exist" in str(error)
+    assert 1 <= len(without_network) <= 2 and time.perf_counter() - started < 5
+    assert not constants.HF_HUB_OFFLINE

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session, httpx
+
 
 def check_output(path: str | os.PathLike, *inputs: str | os.PathLike):
     """
@@ -84,16 +87,31 @@ def read_json(path: str | os.PathLike, kind: type = object) -> Any:
 @contextmanager
 def folder_or_hub(source: str | os.PathLike) -> Iterator[None]:
     """
-    Around what loads from a folder or, if there is none of that name, from the Hub.
+    Around what loads from a folder or, if there is none of that name, from the Hub: from its cache alone while it
+    cannot be reached.
 
     Raises:
         FileNotFoundError: on an `OSError` within, if there is no such folder; says so first.
     """
+    if Path(source).exists():
+        yield
+        return
+    is_offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = is_offline or not hub_is_reachable()
     try:
         yield
     except OSError as error:
-        if Path(source).exists():
-            raise
         raise FileNotFoundError(
             f"The folder {source} does not exist, and no such repository could be loaded from the Hub: {error}"
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = is_offline
+
+
+def hub_is_reachable() -> bool:
+    """Whether the Hub answers at once. Its client tries each file of a model six times, half a minute in all."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except (OSError, httpx.TransportError):
+        return False
+    return True

@@ -26,6 +26,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from torchvision.models import get_model_weights
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from .files import hub_is_reachable
 from .models.quantizer import bits_per_code
 
 
@@ -554,8 +555,9 @@ def _load_inception(metric: str, output: str, antialias: bool) -> nn.Module:
 def _load_clip() -> nn.Module:
     from transformers import CLIPVisionModelWithProjection
 
+    options = {"dtype": torch.float32, "local_files_only": not hub_is_reachable()}
     try:
-        network = CLIPVisionModelWithProjection.from_pretrained(CLIP_REPOSITORY, dtype=torch.float32)
+        network = CLIPVisionModelWithProjection.from_pretrained(CLIP_REPOSITORY, **options)
     except OSError as error:
         raise WeightsUnavailableError(
             f"CMMD needs {CLIP_REPOSITORY}, which is neither in the Hub's cache nor could be downloaded. Fetch it "

@@ -19,6 +19,7 @@ from torchmetrics import MetricCollection
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusers_pq import LatentDiffusionPQPipeline
+from diffusers_pq.evaluation import generation
 from diffusers_pq.evaluation.generation import (
     Sampling,
     add_references,
@@ -146,8 +147,15 @@ def test_an_evaluation_names_what_it_lacks_and_keeps_its_result(workspace, monke
     assert run_generation_evaluation(*arguments, more)["settings"]["num_samples"] == 8
     assert len(list(samples.iterdir())) == 8, "those that were there are kept"
     small = EvaluationData(data_dir=str(workspace / "data"), resolution=16)
-    with pytest.raises(ValueError, match="`resolution` is 16, but pipeline makes pictures of 32 pixels"):
-        run_generation_evaluation(*arguments[:2], small, tmp_path / "runs", SAMPLING)
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "load_metrics", lambda names: pytest.fail("the metrics were fetched before"))
+        with pytest.raises(ValueError, match="`resolution` is 16, but pipeline makes pictures of 32 pixels"):
+            run_generation_evaluation(*arguments[:2], small, tmp_path / "runs", SAMPLING)
+    own = EvaluationData(data_dir=str(workspace / "data"), resolution=None)
+    assert (
+        run_generation_evaluation(*arguments[:2], own, tmp_path / "runs", more)["settings"]
+        == (run_generation_evaluation(*arguments, more)["settings"])
+    )
     with pytest.raises(ValueError, match="guidance_scale 1.0 there, 2.0 now"):
         run_generation_evaluation(*arguments, Sampling(**vars(SAMPLING) | {"guidance_scale": 2.0}))
 

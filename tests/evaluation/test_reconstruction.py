@@ -22,6 +22,7 @@ from torchmetrics import MetricCollection
 
 from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import downsampling_factor
+from diffusers_pq.evaluation import reconstruction
 from diffusers_pq.evaluation.reconstruction import (
     EvaluationData,
     EvaluationProgress,
@@ -190,6 +191,15 @@ def test_latents_are_described():
 def test_a_side_the_model_cannot_reconstruct_is_refused():
     with pytest.raises(ValueError, match="--resolution 30.*multiple of its downsampling factor"):
         describe_latents(tiny_model("AutoencoderKL"), 30)
+
+
+def test_a_resolution_that_does_not_suit_is_refused_before_the_metrics_are_fetched(tmp_path, monkeypatch):
+    tiny_model("PQModel").save_pretrained(tmp_path / "pq")
+    PIL.Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    monkeypatch.setattr(reconstruction, "load_metrics", lambda *args: pytest.fail("the metrics were fetched before"))
+    data = EvaluationData(data_dir=str(tmp_path), split="train", resolution=30)
+    with pytest.raises(ValueError, match="`--resolution 30` does not suit the model: .* F = 4, but are 30 x 30"):
+        run_evaluation(Accelerator(cpu=True), str(tmp_path / "pq"), data, tmp_path / "out")
 
 
 def test_what_is_no_autoencoder_is_refused(tmp_path):

@@ -200,13 +200,15 @@ def test_twenty_kills_at_random_moments_change_nothing(workspace, stream):
     run(workspace, "whole", *extra)
     interval = 2 * (time.time() - started) / 160
     for number in range(20):
-        process = start_script(*command(workspace, "killed", *extra))
+        output = workspace / "output.txt"
+        output.write_text("")
+        process = start_script(*command(workspace, "killed", *extra), output=output)
         if generator.random() < 0.75:  # else while it starts
             before = set(list_checkpoints(workspace / "killed"))
             while process.is_alive() and set(list_checkpoints(workspace / "killed")) <= before:
                 time.sleep(0.001)
         time.sleep(generator.random() * 2 * interval)
-        assert process.is_alive(), f"seed {seed}: the run ended before kill {number + 1}"
+        assert process.is_alive(), f"seed {seed}, before kill {number + 1}: {output.read_text()[-2000:]}"
         process.kill()
         process.join()
     run(workspace, "killed", *extra)

@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -202,12 +202,15 @@ def run_generation_evaluation(
     with accelerator.local_main_process_first():  # what must be downloaded, is so once
         with folder_or_hub(pretrained_model_name_or_path):
             pipeline = LatentDiffusionPQPipeline.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+    resolution = pipeline.denoiser.config.sample_size * downsampling_factor(pipeline.vae)
+    if data.resolution is None:
+        data = replace(data, resolution=resolution)
+    if data.resolution != resolution:
+        raise ValueError(f"`resolution` is {data.resolution}, but {name} makes pictures of {resolution} pixels.")
+    with accelerator.local_main_process_first():
         metrics, unavailable = load_metrics(tuple(GENERATION_METRICS.values()))
     pipeline.to(accelerator.device)
     metrics.to(accelerator.device)
-    resolution = pipeline.denoiser.config.sample_size * downsampling_factor(pipeline.vae)
-    if data.resolution != resolution:
-        raise ValueError(f"`resolution` is {data.resolution}, but {name} makes pictures of {resolution} pixels.")
     labels = range(pipeline.num_classes)
     if label_column is not None:
         labels = _dataset_labels(data, label_column, streaming, cache_dir)

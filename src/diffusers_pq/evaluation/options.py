@@ -36,6 +36,7 @@ def parse_reconstruction_args(argv: list[str] | None = None, description: str | 
         help="measure as the paper's authors do: the validation split, whole pictures made square with a bilinear "
         "filter, all metrics, those of Inception as torchmetrics resizes for it; psnr_pooled is their PSNR",
     )
+    data.add_argument("--resolution", type=int, default=256, help="side of the pictures")
     data.add_argument(
         "--resize_mode",
         choices=RESIZE_MODES,
@@ -90,6 +91,7 @@ def parse_generation_args(argv: list[str] | None = None, description: str | None
     samples.add_argument("--label_column", help="draw the classes of the dataset's rows; default: all in turn")
     data = parser.add_argument_group("data to compare with")
     _add_data_arguments(data)
+    data.add_argument("--resolution", type=int, help="side of the pictures; default: of those that the model makes")
     data.add_argument("--max_samples", type=int, help="only the first pictures")
     data.add_argument("--streaming", action="store_true", help="read while measuring instead of downloading first")
     data.add_argument("--cache_dir", help="of the dataset")
@@ -116,8 +118,7 @@ def _add_data_arguments(data):
     source.add_argument("--data_dir", help="folder in the imagefolder layout")
     data.add_argument("--dataset_config_name")
     data.add_argument("--split", default="validation")
-    data.add_argument("--image_column", default="image")
-    data.add_argument("--resolution", type=int, default=256, help="side of the pictures")
+    data.add_argument("--image_column", default="image", help="column of the pictures")
 
 
 def _named_system(parser, entry):

@@ -89,7 +89,7 @@ class EvaluationData:
         dataset_config_name (`str`, *optional*)
         split (`str`): `"validation"`, `"test"`, ...
         image_column (`str`): The column that holds the pictures.
-        resolution (`int`): Side of the squares, in pixels.
+        resolution (`int`): Side of the squares, in pixels. `None`, with generated pictures only, is theirs.
         resize_mode (`str`): `"crop"` resizes the short side and takes the centre; `"stretch"` resizes whole pictures,
             whose proportions change, as the paper's authors do.
         image_interpolation_mode (`str`): Filter of the resizing, antialiased.
@@ -104,7 +104,7 @@ class EvaluationData:
     dataset_config_name: str | None = None
     split: str = "validation"
     image_column: str = "image"
-    resolution: int = 256
+    resolution: int | None = 256
     resize_mode: str = "crop"
     image_interpolation_mode: str = "bicubic"
     max_samples: int | None = None
@@ -199,7 +199,10 @@ def describe_latents(model: nn.Module, resolution: int) -> dict[str, int | float
         ValueError: if the model cannot reconstruct pictures of this side.
     """
     blank = torch.zeros(1, 3, resolution, resolution, device=model.device, dtype=model.dtype)
-    output = reconstruct(model, blank)
+    try:
+        output = reconstruct(model, blank)
+    except ValueError as error:
+        raise ValueError(f"`--resolution {resolution}` does not suit the model: {error}") from error
     if output.sample.shape != blank.shape:
         raise ValueError(
             f"`--resolution {resolution}` does not suit the model: its reconstruction has the shape "
@@ -394,9 +397,11 @@ def run_evaluation(
     share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     with accelerator.local_main_process_first():  # what must be downloaded, is so once
         model = load_for_evaluation(pretrained_model_name_or_path, **hub_kwargs)
-        collection, unavailable = load_metrics(metrics, inception_antialias)
-        loader = data.loader(batch_size, num_workers, streaming, cache_dir, **share)
     model.to(accelerator.device, torch.float32)
+    latents = describe_latents(model, data.resolution)  # refuses a resolution that does not suit the model
+    with accelerator.local_main_process_first():
+        loader = data.loader(batch_size, num_workers, streaming, cache_dir, **share)
+        collection, unavailable = load_metrics(metrics, inception_antialias)
     settings = asdict(data) | antialias | {"metrics": sorted(collection), "weights_sha256": weights_digest(model)}
     settings |= data.fingerprint(streaming, cache_dir)
     if (folder / RESULTS_FILE).is_file():
@@ -409,7 +414,6 @@ def run_evaluation(
     layout = {"batch_size": batch_size, "num_workers": num_workers, "streaming": streaming}
     layout["num_processes"] = accelerator.num_processes
     progress = EvaluationProgress(folder, accelerator.process_index, settings | layout)
-    latents = describe_latents(model, data.resolution)
     scores, pictures = evaluate_autoencoder(accelerator, model, loader, collection, progress, checkpointing_steps)
     result = {
         "name": name,
