@@ -26,7 +26,8 @@ from torchmetrics import MetricCollection
 from diffusers_pq import LatentDiffusionPQPipeline
 from diffusers_pq.autoencoders import decode_latents, encode_latents, scale_latents, weights_digest
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.data.pictures import ClassLabels, ConditionedCrops, load_images
+from diffusers_pq.data.conditions import ClassLabels
+from diffusers_pq.data.pictures import ConditionedCrops, Crops, PictureSource
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.evaluation.reconstruction import EvaluationData
 from diffusers_pq.files import read_json, replacing, write_json
@@ -99,10 +100,10 @@ def read_configs(runs):
 
 def held_out_pictures(config, names):
     """All pictures of the validation split, `[N, 3, R, R]` in [-1, 1], and their labels."""
-    rows = load_images(None, config["train_data_dir"], "image", "validation", other_columns=(config["label_column"],))
-    labels = ClassLabels(config["label_column"], names)
-    crops = ConditionedCrops("image", config["resolution"], labels, center_crop=True, min_image_side=1)
-    examples = [crops(row, random.Random(0)) for row in rows]
+    rows = PictureSource(data_dir=config["train_data_dir"]).load("validation", config["label_column"])
+    crops = Crops("image", config["resolution"], resize_mode="short_side", center_crop=True, min_image_side=1)
+    transform = ConditionedCrops(crops, ClassLabels(config["label_column"], names))
+    examples = [transform(row, random.Random(0)) for row in rows]
     return (torch.stack([example[key] for example in examples]) for key in ("pixel_values", "condition"))
 
 
@@ -221,7 +222,7 @@ def main(args):
     config = next(iter(configs.values()))
     names = list(next(iter(pipelines.values())).config.id2label.values())
     data = EvaluationData(data_dir=config["train_data_dir"], split="train", resolution=config["resolution"])
-    rows = load_images(None, config["train_data_dir"], "image", "train", other_columns=(config["label_column"],))
+    rows = PictureSource(data_dir=config["train_data_dir"]).load("train", config["label_column"])
     classes = list(rows[config["label_column"]])
     random.Random(0).shuffle(classes)  # rows are sorted by class
     args.num_samples = args.num_samples or len(classes)

@@ -10,7 +10,7 @@ from huggingface_hub import close_session, constants
 from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import create_autoencoder, load_autoencoder
 from diffusers_pq.cli import main
-from diffusers_pq.data.pictures import load_images
+from diffusers_pq.data.pictures import PictureSource
 from diffusers_pq.evaluation.systems import load_for_evaluation
 from diffusers_pq.files import read_json, replacing, write_text
 from diffusers_pq.metrics import load_metrics
@@ -38,8 +38,8 @@ def test_a_file_that_is_missing_or_holds_something_else_is_named(tmp_path):
         load_autoencoder,
         create_autoencoder,
         load_for_evaluation,
-        lambda name: load_images(name, None, "image", "train"),
-        lambda name: load_images(None, name, "image", "train"),
+        lambda name: PictureSource(name).load("train"),
+        lambda name: PictureSource(data_dir=name).load("train"),
     ],
 )
 @pytest.mark.parametrize("name", ["absent", "runs/absent", "a/b/absent"])

@@ -15,7 +15,8 @@ import torch
 
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.data.pictures import caption_texts, load_images
+from diffusers_pq.data.conditions import caption_texts
+from diffusers_pq.data.pictures import PictureSource
 from diffusers_pq.files import read_json
 from diffusers_pq.training.stable_diffusion import create_stable_diffusion, train_clip_tokenizer
 
@@ -38,11 +39,10 @@ def parse_args(argv=None):
 
 def main(args):
     torch.manual_seed(args.seed)
-    source = args.dataset_name, args.train_data_dir, args.image_column, "train"
-    rows = load_images(*source, other_columns=(args.caption_column,))
+    column = args.caption_column
+    rows = PictureSource(args.dataset_name, args.train_data_dir, args.image_column).load("train", column)
     if rows is None:
         raise ValueError("The dataset has no `train` split.")
-    column = args.caption_column
     captions = [caption for value in rows[column] for caption in caption_texts(value, column)]
     tokenizer = train_clip_tokenizer(captions, args.vocab_size, args.max_length)
     configs = (read_json(args.config_dir / f"{name}.json") for name in ("unet", "text_encoder"))

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers_pq.autoencoders import load_pq_model
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.latent_cache import encode_dataset
-from diffusers_pq.data.pictures import ConditionedCrops, load_images
+from diffusers_pq.data.pictures import Crops, PictureSource
 
 
 def parse_args(argv=None):
@@ -42,12 +42,17 @@ def parse_args(argv=None):
 def main(args):
     accelerator = Accelerator()
     vae = load_pq_model(args.vae_name_or_path).to(accelerator.device)
-    source = args.dataset_name, args.train_data_dir, args.image_column, "train", args.dataset_config_name
-    rows = load_images(*source, args.cache_dir, other_columns=(args.condition_column,))
+    source = args.dataset_name, args.train_data_dir, args.image_column, args.dataset_config_name, args.cache_dir
+    rows = PictureSource(*source).load("train", args.condition_column)
     if rows is None:
         raise ValueError("The dataset has no `train` split.")
-    crops = ConditionedCrops(
-        args.image_column, args.resolution, None, args.center_crop, args.random_flip, args.min_image_side
+    crops = Crops(
+        args.image_column,
+        args.resolution,
+        resize_mode="short_side",
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        min_image_side=args.min_image_side,
     )
     sizes = args.batch_size, args.rows_per_shard
     counts = encode_dataset(vae, rows, crops, args.condition_column, args.output_dir, accelerator, *sizes)

@@ -11,7 +11,7 @@ from conftest import tiny_config
 from diffusers_pq import PQModel
 from diffusers_pq.data.fingerprints import fingerprint_files, fingerprint_rows
 from diffusers_pq.data.latent_cache import encode_dataset
-from diffusers_pq.data.pictures import ConditionedCrops, load_images
+from diffusers_pq.data.pictures import Crops, PictureSource
 
 
 def noise(seed, side=40):
@@ -37,7 +37,7 @@ def captions(folder, first):
 
 def rows(folder):
     cache = str(folder.parent / "cache")
-    return load_images(None, str(folder), "image", "train", cache_dir=cache, other_columns=("text",))
+    return PictureSource(data_dir=str(folder), cache_dir=cache).load("train", "text")
 
 
 def test_rows_have_the_same_fingerprint_wherever_they_lie(folder, tmp_path):
@@ -91,7 +91,7 @@ def test_files_of_a_stream_are_told_apart(tmp_path):
 def test_codes_of_pictures_or_captions_that_were_changed_are_refused(folder, tmp_path):
     torch.manual_seed(0)
     vae = PQModel(**tiny_config()).eval()
-    crops = ConditionedCrops("image", 32, None, center_crop=True)
+    crops = Crops("image", 32, center_crop=True)
 
     def encode():
         return encode_dataset(vae, rows(folder), crops, "text", tmp_path / "codes", Accelerator(cpu=True))
@@ -109,7 +109,7 @@ def test_codes_of_pictures_or_captions_that_were_changed_are_refused(folder, tmp
 
 def test_codes_without_a_fingerprint_get_it(folder, tmp_path, caplog):
     torch.manual_seed(0)
-    arguments = PQModel(**tiny_config()).eval(), rows(folder), ConditionedCrops("image", 32, None), "text"
+    arguments = PQModel(**tiny_config()).eval(), rows(folder), Crops("image", 32), "text"
     encode_dataset(*arguments, tmp_path / "codes", Accelerator(cpu=True))
     index = tmp_path / "codes" / "32" / "latents.json"
     with_fingerprint = index.read_text()

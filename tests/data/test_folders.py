@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from diffusers_pq.data.folders import PictureFolder
-from diffusers_pq.data.pictures import decode_image, load_images
+from diffusers_pq.data.pictures import PictureSource, decode_image
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 def load(folder, split="train", *columns, **options):
     cache_dir = str(folder.parent / "cache")
-    return load_images(None, str(folder), "image", split, cache_dir=cache_dir, other_columns=columns, **options)
+    return PictureSource(data_dir=str(folder), cache_dir=cache_dir, **options).load(split, *columns)
 
 
 def names(dataset, folder):
@@ -57,7 +57,7 @@ def test_no_name_leaves_a_picture_out(files, folder):
     assert names(rows, path) == sorted(files) and load(path, "test") is None
     assert [decode_image(row["image"]).size for row in rows] == [(8, 8)] * len(files)
     assert names(load(path, streaming=True), path) == sorted(files)
-    assert len(load_images(str(path), None, "image", "train")) == len(files)
+    assert len(PictureSource(str(path)).load("train")) == len(files)
 
 
 def test_folders_at_the_top_are_splits(folder):

@@ -22,16 +22,7 @@ from diffusers_pq.data.loaders import (
     StreamPosition,
     build_train_loader,
 )
-from diffusers_pq.data.pictures import (
-    BadImageError,
-    CentreCrops,
-    ConditionedCrops,
-    RandomCrops,
-    caption_texts,
-    class_names,
-    load_images,
-    usable_rows,
-)
+from diffusers_pq.data.pictures import BadImageError, Crops, PictureSource, usable_rows
 from diffusers_pq.images import to_tensor
 
 
@@ -67,7 +58,7 @@ def pictures():
 
 
 def test_crops_depend_on_epoch_index_and_seed_only(pictures):
-    transform = RandomCrops("image", 16, crops_per_image=3, random_flip=True, min_image_side=1)
+    transform = Crops("image", 16, crops_per_image=3, random_flip=True, min_image_side=1)
     crops = SeededDataset(pictures, transform, seed=1)
     assert [tuple(crops[0, index].shape) for index in range(7)] == [(3, 3, 16, 16)] * 7
     first = crops[0, 2]
@@ -77,8 +68,8 @@ def test_crops_depend_on_epoch_index_and_seed_only(pictures):
 
 
 def test_random_flip_mirrors_half_the_crops(pictures):
-    crops = SeededDataset(pictures, RandomCrops("image", 20, random_flip=True))
-    plain = SeededDataset(pictures, RandomCrops("image", 20))
+    crops = SeededDataset(pictures, Crops("image", 20, random_flip=True))
+    plain = SeededDataset(pictures, Crops("image", 20))
     # Crops as high as the picture: a flip is then visible as a window that occurs mirrored only.
     windows = to_tensor(noise(41, 20, 0)).unfold(2, 20, 1).permute(2, 0, 1, 3)
     flipped = [not (windows == crops[epoch, 0]).flatten(1).all(1).any() for epoch in range(60)]
@@ -89,7 +80,7 @@ def test_random_flip_mirrors_half_the_crops(pictures):
 def test_the_centre_is_the_centre():
     picture = PIL.Image.new("RGB", (41, 20))
     picture.putpixel((20, 10), (255, 255, 255))
-    centre = CentreCrops(undecoded([png(picture)]), "image", 16)[0]
+    centre = Crops("image", 16, center_crop=True)(undecoded([png(picture)])[0], random.Random(0))
     assert centre.shape == (1, 3, 16, 16) and centre[0, 0].argmax() == 8 * 16 + 8
 
 
@@ -112,7 +103,7 @@ def test_processes_share_out_the_items_of_one():
 def test_a_dataset_must_be_named_once():
     for sources in ((None, None), ("a", "b")):
         with pytest.raises(ValueError, match="exactly one of"):
-            load_images(*sources, "image", "train")
+            PictureSource(*sources)
 
 
 DAMAGED, SMALL = 5, 11  # of 24 pictures, each of a level of its own
@@ -151,11 +142,11 @@ def webdataset(tmp_path_factory, encoded):
 
 
 def load_stream(folder, cache, column="image"):
-    return load_images(str(folder), None, column, "train", cache_dir=str(cache), streaming=True)
+    return PictureSource(str(folder), None, column, cache_dir=str(cache), streaming=True).load("train")
 
 
 def streamed(stream, column="image", resolution=16, **options):
-    return SeededStream(stream, RandomCrops(column, resolution), **options)
+    return SeededStream(stream, Crops(column, resolution), **options)
 
 
 def epoch_of(samples, count):
@@ -249,17 +240,17 @@ def test_what_is_left_of_a_damaged_shard_is_skipped(kind, request, tmp_path, cap
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_bad_pictures_can_end_the_run_instead(streaming, encoded, parquet, tmp_path):
-    dataset = load_images(str(parquet), None, "image", "train", cache_dir=str(tmp_path), streaming=streaming)
-    loader = build_train_loader(dataset, RandomCrops("image", 16), Accelerator(cpu=True), 1, on_bad_image="raise")
+    dataset = PictureSource(str(parquet), cache_dir=str(tmp_path), streaming=streaming).load("train")
+    loader = build_train_loader(dataset, Crops("image", 16), Accelerator(cpu=True), 1, on_bad_image="raise")
     with pytest.raises(BadImageError, match=r"(\.png cannot be read: )|(too small: 8 x 8, needs at least 16 a side)"):
         epoch_of(iter(loader), 24)
 
 
 def test_a_dataset_replaces_bad_pictures_by_the_next_ones_and_counts_them(encoded):
-    samples = SeededDataset(undecoded(encoded), RandomCrops("image", 16))
+    samples = SeededDataset(undecoded(encoded), Crops("image", 16))
     assert level(samples[0, DAMAGED]) == 10 * (DAMAGED + 1) and level(samples[0, SMALL]) == 10 * (SMALL + 1)
     assert samples.bad_images.total(Accelerator(cpu=True)) == 2
-    nothing = SeededDataset(undecoded([encoded[DAMAGED]]), RandomCrops("image", 16))
+    nothing = SeededDataset(undecoded([encoded[DAMAGED]]), Crops("image", 16))
     with pytest.raises(ValueError, match="no picture that can be used"):
         nothing[0, 0]
 
@@ -274,7 +265,7 @@ def test_an_imagefolder_can_be_streamed(tmp_path):
     (tmp_path / "data" / "train").mkdir(parents=True)
     for number in range(5):
         grey(10 * number).save(tmp_path / "data" / "train" / f"{number}.png")
-    stream = load_images(None, str(tmp_path / "data"), "image", "train", streaming=True)
+    stream = PictureSource(data_dir=str(tmp_path / "data"), streaming=True).load("train")
     assert sorted(epoch_of(streamed(stream), 5)) == [0, 10, 20, 30, 40]
 
 
@@ -290,54 +281,6 @@ def test_the_validation_leaves_out_what_cannot_be_read(encoded):
 
 def test_small_pictures_are_enlarged_down_to_the_limit():
     row = {"image": {"bytes": png(grey(50, 8)), "path": None}}
-    assert level(RandomCrops("image", 16, min_image_side=8)(row, random.Random(0))) == 50
+    assert level(Crops("image", 16, min_image_side=8)(row, random.Random(0))) == 50
     with pytest.raises(BadImageError, match="a picture is too small"):
-        RandomCrops("image", 16, min_image_side=9)(row, random.Random(0))
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_folder_whose_pictures_are_all_too_small_names_the_flag_and_a_picture(streaming, tmp_path):
-    for number in range(3):
-        grey(number).save(tmp_path / f"{number}.png")
-    images = load_images(None, str(tmp_path), "image", "train", streaming=streaming)
-    loader = build_train_loader(images, RandomCrops("image", 32), Accelerator(cpu=True), 2)
-    with pytest.raises(ValueError, match=r"`--min_image_side`, which is the resolution.*\.png is too small: 16 x 16"):
-        next(iter(loader))
-
-
-@pytest.mark.parametrize("value, texts", [("a", ["a"]), (None, []), ([], []), (["a", None, "b"], ["a", "b"])])
-def test_captions_are_a_text_or_a_list_with_gaps(value, texts):
-    assert caption_texts(value, "text") == texts
-
-
-@pytest.mark.parametrize("value", [7, 0.5, {"en": "a"}, ["a", 7], True])
-def test_captions_that_are_no_texts_name_their_column(value):
-    with pytest.raises(ValueError, match="column 'caption' must be texts.* but one is"):
-        caption_texts(value, "caption")
-
-
-@pytest.mark.parametrize("values", [[0.0, 1.0], [[0], [1]], [{"id": 0}, {"id": 1}]], ids=["floats", "lists", "dicts"])
-@pytest.mark.parametrize("names", [None, "names.txt"])
-def test_classes_that_are_no_whole_numbers_or_strings_name_their_column(values, names):
-    dataset = datasets.Dataset.from_dict({"label": values})
-    with pytest.raises(ValueError, match="whole numbers or strings, but the column 'label' holds"):
-        class_names(dataset, "label", names)
-
-
-def test_sizes_say_where_a_crop_lies_in_the_resized_picture(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    PIL.Image.fromarray(pixels).save(tmp_path / "picture.png")
-    row = {"image": {"path": str(tmp_path / "picture.png"), "bytes": None}}
-    whole = to_tensor(PIL.Image.open(tmp_path / "picture.png"))
-    seen = set()
-    for seed in range(8):
-        crops = ConditionedCrops("image", 40, lambda row, generator: {"a": 1}, random_flip=True, with_sizes=True)
-        example = crops(row, random.Random(seed))
-        height, width, top, left, *target = example["condition"]["sizes"].int().tolist()
-        assert (height, width, top, *target) == (40, 60, 0, 40, 40) and example["condition"]["a"] == 1
-        parts = {
-            mirrored: picture[:, :, left : left + 40] for mirrored, picture in ((False, whole), (True, whole.flip(2)))
-        }
-        (mirrored,) = (name for name, part in parts.items() if torch.equal(part, example["pixel_values"]))
-        seen.add(mirrored)
-    assert seen == {False, True}
+        Crops("image", 16, min_image_side=9)(row, random.Random(0))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from scripts import run_script
 
 from diffusers_pq import LatentDiffusionPQPipeline, PQModel
-from diffusers_pq.data.pictures import ClassLabels, class_names
+from diffusers_pq.data.conditions import ClassLabels, class_names
 from diffusers_pq.models.class_conditioning import (
     create_class_conditional_denoiser,
     num_classes,

@@ -21,8 +21,8 @@ def fingerprint_rows(dataset: datasets.Dataset) -> str:
     influence.
 
     Args:
-        dataset (`datasets.Dataset`): Its pictures are undecoded, as [`~diffusers_pq.data.pictures.load_images`] leaves
-            them.
+        dataset (`datasets.Dataset`): Its pictures are undecoded, as [`~diffusers_pq.data.pictures.PictureSource`]
+            leaves them.
     """
     digest = hashlib.sha256(json.dumps([len(dataset), sorted(dataset.column_names)]).encode())
     for table in dataset.with_format("arrow").iter(batch_size=100):

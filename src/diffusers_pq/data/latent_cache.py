@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from ..autoencoders import weights_digest
 from ..files import read_json, replacing, write_json
 from ..models.autoencoder_pq import PQModel
 from ..models.quantizer import bits_per_code
+from .conditions import ClassLabels, Prompts
 from .fingerprints import fingerprint_rows
 from .loaders import BadImages
-from .pictures import BadImageError, ClassLabels, Prompts
+from .pictures import BadImageError, Crops
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def unpack_codes(packed: bytes, shape: tuple[int, ...], codebook_size: int) -> t
 def encode_dataset(
     vae: PQModel,
     dataset: datasets.Dataset,
-    transform: Callable,
+    crops: Crops,
     condition_column: str,
     output_dir: str | os.PathLike,
     accelerator: Accelerator,
@@ -60,8 +60,8 @@ def encode_dataset(
 
     Args:
         vae ([`PQModel`]): In eval mode, on the accelerator's device.
-        dataset (`datasets.Dataset`): See [`load_images`].
-        transform ([`ConditionedCrops`]): Makes the pictures; its crops are drawn once for all epochs.
+        dataset (`datasets.Dataset`): See [`~diffusers_pq.data.pictures.PictureSource`].
+        crops ([`Crops`]): One of each picture, drawn once for all epochs.
         condition_column (`str`): Kept beside the codes as it is.
         output_dir: Of several resolutions of one dataset.
         accelerator (`Accelerator`)
@@ -74,10 +74,10 @@ def encode_dataset(
     Raises:
         ValueError: if the folder holds codes of another model, of other crops, or of other pictures or captions.
     """
-    folder = Path(output_dir) / str(transform.resolution)
-    index = _index(vae, transform.resolution) | {"rows": len(dataset), "rows_per_shard": rows_per_shard}
-    index |= {"center_crop": transform.center_crop, "random_flip": transform.random_flip}
-    index |= {"min_image_side": transform.min_image_side, "condition_column": condition_column}
+    folder = Path(output_dir) / str(crops.resolution)
+    index = _index(vae, crops.resolution) | {"rows": len(dataset), "rows_per_shard": rows_per_shard}
+    index |= {"center_crop": crops.center_crop, "random_flip": crops.random_flip}
+    index |= {"min_image_side": crops.min_image_side, "condition_column": condition_column}
     if accelerator.is_main_process:
         index |= {"rows_sha256": fingerprint_rows(dataset)}
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,14 +90,14 @@ def encode_dataset(
         if path.is_file():
             continue
         rows = dataset.select(range(starts[number], min(starts[number] + rows_per_shard, len(dataset))))
-        shard = _encode_shard(vae, rows, starts[number], transform, condition_column, batch_size, bad_images)
+        shard = _encode_shard(vae, rows, starts[number], crops, condition_column, batch_size, bad_images)
         with replacing(path) as unfinished:
             shard.to_parquet(unfinished)
         written += 1
     return {"written": written, "skipped": int(bad_images.counts.sum())}
 
 
-def _encode_shard(vae, rows, first, transform, condition_column, batch_size, bad_images) -> datasets.Dataset:
+def _encode_shard(vae, rows, first, crops, condition_column, batch_size, bad_images) -> datasets.Dataset:
     pictures, conditions, packed = [], [], []
 
     def encode_pictures():
@@ -107,7 +107,7 @@ def _encode_shard(vae, rows, first, transform, condition_column, batch_size, bad
 
     for number, row in enumerate(rows, first):
         try:
-            pictures.append(transform.pixel_values(row, random.Random(number)))
+            pictures.append(crops(row, random.Random(number))[0])
             conditions.append(row[condition_column])
         except BadImageError as error:
             bad_images.handle(error)

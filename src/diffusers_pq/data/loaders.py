@@ -62,7 +62,7 @@ class SeededDataset(Dataset):
 
     Args:
         dataset (`datasets.Dataset`)
-        transform: Makes an item from a row and a `random.Random`, such as [`RandomCrops`].
+        transform: Makes an item from a row and a `random.Random`, such as [`Crops`].
         seed (`int`)
         bad_images ([`BadImages`], *optional*): A skipped picture is replaced by the next one.
     """
@@ -129,7 +129,7 @@ class SeededStream(IterableDataset):
 
     Args:
         stream (`datasets.IterableDataset`)
-        transform: Makes an item from a row and a `random.Random`, such as [`RandomCrops`].
+        transform: Makes an item from a row and a `random.Random`, such as [`Crops`].
         seed (`int`)
         shuffle_buffer (`int`): Rows, still encoded, that are shuffled among each other.
         bad_images ([`BadImages`], *optional*)
@@ -303,8 +303,8 @@ def build_train_loader(
     The position of a stream is registered for the accelerator's checkpoints; that of other datasets is `start`.
 
     Args:
-        dataset: What [`load_images`] returns.
-        transform: Makes an item from a row and a `random.Random`, such as [`RandomCrops`].
+        dataset: What [`PictureSource.load`] returns.
+        transform: Makes an item from a row and a `random.Random`, such as [`Crops`].
         accelerator (`Accelerator`)
         batch_size (`int`): Items per process and batch.
         collate_fn (*optional*): Makes a batch of items. Default: torch's.

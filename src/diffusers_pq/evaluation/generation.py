@@ -258,8 +258,8 @@ def run_generation_evaluation(
 
 
 def _dataset_labels(data: EvaluationData, column: str, streaming: bool, cache_dir: str | None) -> list[int | str]:
-    dataset = data.rows(streaming, cache_dir, other_columns=(column,))
-    return [row[column] for row in dataset.select_columns([column])]
+    rows = data.rows(streaming, cache_dir, (column,))
+    return [row[column] for row in rows.select_columns([column])]
 
 
 def _check_record(accelerator: Accelerator, path: Path, settings: dict):

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..autoencoders import weights_digest
 from ..data.fingerprints import fingerprint_files, fingerprint_rows
-from ..data.pictures import decode_image, load_images, picture_folder
+from ..data.pictures import PictureSource, decode_image
 from ..files import read_json, replacing, write_json, write_text
 from ..images import to_tensor, to_uint8
 from ..measuring import describe_machine
@@ -120,22 +120,26 @@ class EvaluationData:
         """The dataset's name or folder without what precedes the last slash."""
         return Path(self.dataset_name or self.data_dir).name
 
+    @property
+    def source(self) -> PictureSource:
+        """Where the pictures come from."""
+        return PictureSource(self.dataset_name, self.data_dir, self.image_column, self.dataset_config_name)
+
     def rows(
-        self, streaming: bool = False, cache_dir: str | None = None, other_columns: tuple[str, ...] = ()
+        self, streaming: bool = False, cache_dir: str | None = None, other_columns: Sequence[str] = ()
     ) -> datasets.Dataset | datasets.IterableDataset:
         """
-        The rows of the pictures, see [`~diffusers_pq.data.pictures.load_images`].
+        The pictures, left encoded, with further columns.
 
         Raises:
             ValueError: if the split or a column does not exist.
         """
-        source = self.dataset_name, self.data_dir, self.image_column, self.split, self.dataset_config_name
-        dataset = load_images(*source, cache_dir, streaming, other_columns)
+        dataset = replace(self.source, cache_dir=cache_dir, streaming=streaming).load(self.split, *other_columns)
         if dataset is None:
             raise ValueError(f"`--split` is {self.split!r}, but {self.name} has no such split.")
-        if self.max_samples is None:
-            return dataset
-        return dataset.take(self.max_samples if streaming else min(self.max_samples, len(dataset)))
+        if self.max_samples is not None:
+            dataset = dataset.take(self.max_samples if streaming else min(self.max_samples, len(dataset)))
+        return dataset
 
     def fingerprint(
         self, streaming: bool = False, cache_dir: str | None = None, other_columns: tuple[str, ...] = ()
@@ -144,7 +148,7 @@ class EvaluationData:
         What tells these pictures from others of the same name: `rows_sha256`, or `files_sha256` of a stream of shards,
         as [`~diffusers_pq.data.fingerprints`] makes them.
         """
-        if not streaming or picture_folder(self.dataset_name, self.data_dir) is not None:
+        if not streaming or self.source.folder is not None:
             return {"rows_sha256": fingerprint_rows(self.rows(False, cache_dir, other_columns))}
         builder = datasets.load_dataset_builder(self.dataset_name, self.dataset_config_name, cache_dir=cache_dir)
         return {"files_sha256": fingerprint_files((builder.config.data_files or {}).get(self.split, ()))}

@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from ..autoencoders import channel_weights, encode_latents, scale_latents, set_latent_statistics
+from ..data.conditions import ClassLabels, Prompts
 from ..data.latent_cache import load_cached_codes
 from ..data.loaders import build_train_loader, change_data, first_batches
-from ..data.pictures import ClassLabels, ConditionedCrops, Prompts, usable_rows
+from ..data.pictures import ConditionedCrops, Crops, usable_rows
 from ..models.class_conditioning import predict
 from ..models.widening import outer_layers
 from .families import Family
@@ -512,8 +513,15 @@ def load_training_data(data: DenoiserDataOptions, task: DenoiserTask, resolution
         source = data.latents_dir, resolution, task.vae, task.condition, data.cache_dir
         return load_cached_codes(*source, with_sizes=task.with_sizes)
     images = load_train_split(data, task.condition_column)
-    crops = data.center_crop, data.random_flip, data.min_image_side
-    return images, ConditionedCrops(data.image_column, resolution, task.condition, *crops, task.with_sizes)
+    crops = Crops(
+        data.image_column,
+        resolution,
+        resize_mode="short_side",
+        center_crop=data.center_crop,
+        random_flip=data.random_flip,
+        min_image_side=data.min_image_side,
+    )
+    return images, ConditionedCrops(crops, task.condition, task.with_sizes)
 
 
 def check_resolution(name: str, resolution: int, factor: int, patch_size: int = 1):
@@ -618,9 +626,9 @@ def _build_validation(options, accelerator, task) -> DenoisingValidation | None:
     if not rows:
         logger.warning("No picture of the `validation` split can be used: no validation loss.")
         return None
-    crops = {"center_crop": True, "min_image_side": 1, "with_sizes": task.with_sizes}
     resolution = task.stages[-1].resolution
-    transform = ConditionedCrops(column, resolution, task.validation_condition, **crops)
+    crops = Crops(column, resolution, resize_mode="short_side", center_crop=True, min_image_side=1)
+    transform = ConditionedCrops(crops, task.validation_condition, task.with_sizes)
     weights = channel_weights(task.vae, options.noise.channel_weighting)
     latents = task.vae, task.scheduler, options.optim.train_batch_size, weights
     return DenoisingValidation(accelerator, rows, transform, *latents)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from accelerate.utils import DistributedType
 
 from ..autoencoders import downsampling_factor
-from ..data.pictures import ClassLabels, class_names
+from ..data.conditions import ClassLabels, class_names
 from ..evaluation.systems import load_pretrained
 from ..files import read_json
 from ..flags import REQUIRED, Options, flag, with_default

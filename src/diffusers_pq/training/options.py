@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..data.pictures import PictureSource
 from ..flags import Command, Options, flag, with_default
 
 
@@ -20,7 +21,7 @@ def noise_shift(text: str | float) -> float | str:
 
 @dataclass(kw_only=True)
 class DataOptions(Options):
-    """What pictures to train on and how they are read; see [`load_images`] and [`build_train_loader`]."""
+    """What pictures to train on and how they are read; see [`PictureSource`] and [`build_train_loader`]."""
 
     title: ClassVar[str] = "data"
 
@@ -55,6 +56,18 @@ class DataOptions(Options):
     def check(self):
         if self.dataloader_prefetch is not None and not self.dataloader_num_workers:
             raise ValueError("--dataloader_prefetch needs --dataloader_num_workers: nobody reads ahead without")
+
+    @property
+    def source(self) -> PictureSource:
+        """Where the pictures come from."""
+        return PictureSource(
+            self.dataset_name,
+            self.train_data_dir,
+            self.image_column,
+            self.dataset_config_name,
+            self.cache_dir,
+            self.streaming,
+        )
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..autoencoders import create_autoencoder, downsampling_factor, load_autoencoder
 from ..data.loaders import build_train_loader, first_batches
-from ..data.pictures import CentreCrops, RandomCrops, usable_rows
+from ..data.pictures import Crops, usable_rows
 from ..flags import Options, flag, with_default
 from ..images import to_uint8
 from ..metrics import LPIPS, PSNR, SSIM, CodebookUsage, WeightsUnavailableError, load_lpips, psnr
@@ -371,9 +372,12 @@ class ReconstructionValidation:
     ):
         self.accelerator = accelerator
         rows, self.count = share_out(rows, accelerator)
-        crops = CentreCrops(rows, image_column, resolution)
-        self.loader = DataLoader(crops, batch_size=batch_size, collate_fn=torch.cat)
+        self.crops = Crops(image_column, resolution, center_crop=True, min_image_side=1)
+        self.loader = DataLoader(rows, batch_size=batch_size, collate_fn=self._centre_crops)
         self.metrics = {"psnr": PSNR(), "ssim": SSIM()} | ({} if lpips is None else {"lpips": LPIPS(lpips)})
+
+    def _centre_crops(self, rows: list[dict]) -> torch.Tensor:
+        return torch.cat([self.crops(row, random.Random(0)) for row in rows])
 
     @torch.no_grad()
     def evaluate(self, model: ReconstructionModel, quantize: bool = True) -> tuple[dict[str, float], torch.Tensor]:
@@ -670,7 +674,8 @@ def _check_resolution(resolution, autoencoder):
 
 
 def _random_crops(data):
-    return RandomCrops(data.image_column, data.resolution, data.crops_per_image, data.random_flip, data.min_image_side)
+    flips = {"random_flip": data.random_flip, "min_image_side": data.min_image_side}
+    return Crops(data.image_column, data.resolution, data.crops_per_image, **flips)
 
 
 def _init_codebooks(options, trainer, train_images):

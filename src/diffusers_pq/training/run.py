@@ -25,7 +25,6 @@ from diffusers.training_utils import EMAModel
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from ..data.pictures import load_images
 from ..files import write_json
 from ..hub.run_card import write_run_card
 from ..measuring import describe_machine, measure_peak_bytes, measure_seconds
@@ -342,9 +341,8 @@ def complete_step(learn: Callable[[], dict | None]) -> dict[str, torch.Tensor]:
 
 
 def load_split(data: DataOptions, split: str, *columns: str) -> datasets.Dataset | datasets.IterableDataset | None:
-    """A split with the pictures and further columns; see [`load_images`]."""
-    source = data.dataset_name, data.train_data_dir, data.image_column, split
-    return load_images(*source, data.dataset_config_name, data.cache_dir, data.streaming, other_columns=columns)
+    """A split with the pictures and further columns; see [`~diffusers_pq.data.pictures.PictureSource.load`]."""
+    return data.source.load(split, *columns)
 
 
 def load_train_split(data: DataOptions, *columns: str) -> datasets.Dataset | datasets.IterableDataset:

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..autoencoders import downsampling_factor, load_autoencoder
-from ..data.pictures import Prompts
+from ..data.conditions import Prompts
 from ..files import folder_or_hub
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
