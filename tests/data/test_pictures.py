@@ -77,6 +77,12 @@ def test_random_flip_mirrors_half_the_crops(pictures):
     assert all((windows == plain[epoch, 0]).flatten(1).all(1).any() for epoch in range(10))
 
 
+def test_centre_crops_to_train_on_do_not_move(pictures):
+    crops = Crops("image", 16, center_crop=True)
+    first, second = (crops(pictures[0], random.Random(seed)) for seed in (0, 1))
+    assert torch.equal(first, second)
+
+
 def test_the_centre_is_the_centre():
     picture = PIL.Image.new("RGB", (41, 20))
     picture.putpixel((20, 10), (255, 255, 255))

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import tiny_config
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from diffusers_pq.data.latent_cache import load_cached_codes, pack_codes, unpack
 from diffusers_pq.hub.push import check_folder
 from diffusers_pq.training.denoiser import Stage, find_stage
 from diffusers_pq.training.noise import denoising_loss
-from diffusers_pq.training.stable_diffusion import train_clip_tokenizer
+from diffusers_pq.training.stable_diffusion import AdaptationOptions, _validation_prompts, train_clip_tokenizer
 
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
@@ -221,6 +222,16 @@ def test_packed_codes_take_whole_bits_and_come_back(size):
     packed = pack_codes(codes, size)
     assert len(packed) == -(-60 * math.ceil(math.log2(size)) // 8)
     assert torch.equal(unpack_codes(packed, (4, 3, 5), size), codes)
+
+
+def test_prompts_of_the_validation_are_captions_of_the_data_unless_given(workspace):
+    given = {"pretrained_model_name_or_path": "sd", "train_data_dir": str(workspace / "data")}
+    one, own, none = (
+        AdaptationOptions.of(given | more) for more in ({}, {"validation_prompts": ["a wall"]}, {"report_to": "none"})
+    )
+    accelerator = Accelerator(cpu=True)
+    assert _validation_prompts(one, accelerator) == ["A red wall", "A green wall", "A blue wall"]
+    assert _validation_prompts(own, accelerator) == ["a wall"] and _validation_prompts(none, accelerator) == []
 
 
 def test_a_dry_run_counts_the_parts(workspace):

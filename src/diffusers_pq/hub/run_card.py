@@ -38,7 +38,7 @@ def write_run_card(folder: Path, settings: Mapping[str, Any], step: int, scores:
     facts = {"dataset_type": hub_id(dataset) or "imagefolder", "dataset_name": Path(dataset).name}
     validation = {"dataset": facts, "scores": {"this model": scores}}
     pictures = settings["num_validation_images"]
-    validation["note"] = f"On {pictures} pictures of the validation split, or as many as it has."
+    validation["note"] = f"On {pictures} held-out pictures, or as many as there are."
     repo_id = settings["hub_model_id"]
     card = build_card(
         folder,

@@ -49,8 +49,9 @@ from .run import (
     count_steps,
     dry_run,
     ema_weights,
-    load_split,
+    first_samples,
     load_train_split,
+    load_validation_split,
     share_out,
 )
 
@@ -511,7 +512,8 @@ def load_training_data(data: DenoiserDataOptions, task: DenoiserTask, resolution
     """The rows to train on at a resolution, and the transform that makes examples of them."""
     if data.latents_dir:
         source = data.latents_dir, resolution, task.vae, task.condition, data.cache_dir
-        return load_cached_codes(*source, with_sizes=task.with_sizes)
+        codes, transform = load_cached_codes(*source, with_sizes=task.with_sizes)
+        return first_samples(codes, data.max_train_samples), transform
     images = load_train_split(data, task.condition_column)
     crops = Crops(
         data.image_column,
@@ -618,13 +620,12 @@ def _build_loader(options, accelerator, pictures, step) -> DataLoader:
 
 def _build_validation(options, accelerator, task) -> DenoisingValidation | None:
     column = options.data.image_column
-    images = load_split(options.data, "validation", task.condition_column)
+    images = load_validation_split(options.data, task.condition_column)
     if images is None:
-        logger.warning("The dataset has no `validation` split: no validation loss.")
         return None
     rows = usable_rows(images, column, options.run.num_validation_images)
     if not rows:
-        logger.warning("No picture of the `validation` split can be used: no validation loss.")
+        logger.warning("No picture of the validation can be used: no validation loss.")
         return None
     resolution = task.stages[-1].resolution
     crops = Crops(column, resolution, resize_mode="short_side", center_crop=True, min_image_side=1)

@@ -26,7 +26,7 @@ from .denoiser import (
 )
 from .noise import create_scheduler, latent_shift
 from .options import DenoiserDataOptions, DenoiserOptimisationOptions, DenoiserRunOptions, NoiseOptions
-from .run import TrainingRun, create_accelerator, load_train_split, prepare_model, whole_module
+from .run import TrainingRun, create_accelerator, load_split, prepare_model, whole_module
 from .uploads import BestModel
 
 
@@ -133,7 +133,10 @@ def train_latent_diffusion(options: LatentDiffusionOptions):
     if accelerator.distributed_type == DistributedType.FSDP and labels:
         raise ValueError("--validation_labels need a whole denoiser in each process: launch without FSDP.")
     run = TrainingRun(options, accelerator, BestModel(options.run.output_dir, "loss", lower_is_better=True))
-    names = class_names(load_train_split(data, data.label_column), data.label_column, data.class_names_file)
+    labelled = load_split(data, "train", data.label_column)
+    if labelled is None:
+        raise ValueError("The dataset has no `train` split.")
+    names = class_names(labelled, data.label_column, data.class_names_file)
     pipeline = _build_pipeline(options, run, names)
     logger.info("%d classes: %s", num_classes(pipeline.denoiser), ", ".join(names[:10]))
     pipeline.get_label_ids(labels)  # a wrong one shows before the training

@@ -46,6 +46,13 @@ class DataOptions(Options):
         None, "pictures with a shorter side are bad; default: the resolution, so that none is enlarged", minimum=1
     )
     random_flip: bool = flag(False, "mirror half the pictures")
+    max_train_samples: int | None = flag(None, "train on so many of the pictures only; by default on all", minimum=1)
+    validation_share: float = flag(
+        0.02,
+        "where there is no `validation` split, this share of the pictures, at most 256, is held back for it; 0: none",
+        minimum=0,
+        below=1,
+    )
     dataloader_num_workers: int = flag(
         0, "worker processes that read pictures, per process", minimum=0, differs="between machines"
     )
@@ -175,7 +182,7 @@ class RunOptions(Options):
     )
     resume_from_checkpoint: str | None = flag(None, '"latest", a checkpoint, or "none"', differs="always")
     validation_steps: int = flag(5000, "steps between two validations", minimum=1, differs="always")
-    num_validation_images: int = flag(64, "pictures of the validation split to use", minimum=1, differs="always")
+    num_validation_images: int = flag(64, "pictures to validate on", minimum=1, differs="always")
     push_to_hub: bool = flag(False, "upload the best and the last model", differs="always")
     hub_model_id: str | None = flag(
         None, "repository to upload to; default: the name of --output_dir", differs="always"

@@ -39,8 +39,8 @@ from .run import (
     create_accelerator,
     dry_run,
     ema_weights,
-    load_split,
     load_train_split,
+    load_validation_split,
     prepare_model,
     share_out,
 )
@@ -486,6 +486,12 @@ class CropOptions(DataOptions):
 
     resolution: int = flag(256, "side of the crops, in pixels", minimum=1)
     crops_per_image: int = flag(1, "crops cut from each decoded picture", minimum=1, fixed=True)
+    center_crop: bool = flag(False, "cut the middle out of each picture instead of a random part")
+
+    def check(self):
+        super().check()
+        if self.center_crop and self.crops_per_image > 1:
+            raise ValueError(f"--center_crop cuts the same --crops_per_image {self.crops_per_image} times: give 1")
 
 
 @dataclass(kw_only=True)
@@ -674,8 +680,8 @@ def _check_resolution(resolution, autoencoder):
 
 
 def _random_crops(data):
-    flips = {"random_flip": data.random_flip, "min_image_side": data.min_image_side}
-    return Crops(data.image_column, data.resolution, data.crops_per_image, **flips)
+    how = {"center_crop": data.center_crop, "random_flip": data.random_flip, "min_image_side": data.min_image_side}
+    return Crops(data.image_column, data.resolution, data.crops_per_image, **how)
 
 
 def _init_codebooks(options, trainer, train_images):
@@ -726,13 +732,12 @@ def _available_lpips():
 
 def _build_validation(options, accelerator, perceptual_loss):
     data = options.data
-    images = load_split(data, "validation")
+    images = load_validation_split(data)
     if images is None:
-        logger.warning("The dataset has no `validation` split: no validation.")
         return None
     rows = usable_rows(images, data.image_column, options.run.num_validation_images)
     if not rows:
-        logger.warning("No picture of the `validation` split can be used: no validation.")
+        logger.warning("No picture of the validation can be used: no validation.")
         return None
     lpips = perceptual_loss or _available_lpips()
     return ReconstructionValidation(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ from .uploads import BestModel, HubUploads
 logger = logging.getLogger(__name__)
 
 _DRY_RUN_STEPS = 3  # whose median time is taken
+_MOST_HELD_BACK = 256
 
 
 def create_accelerator(
@@ -346,11 +348,56 @@ def load_split(data: DataOptions, split: str, *columns: str) -> datasets.Dataset
 
 
 def load_train_split(data: DataOptions, *columns: str) -> datasets.Dataset | datasets.IterableDataset:
-    """[`load_split`] of what is trained on; a `ValueError` if there is none."""
-    images = load_split(data, "train", *columns)
-    if images is None:
+    """
+    [`load_split`] of what is trained on, but for what is held back for the validation; a `ValueError` if there is
+    none.
+    """
+    rows, held_back = _load_train_split(data, *columns)
+    if rows is None:
         raise ValueError("The dataset has no `train` split.")
-    return images
+    if held_back:
+        rows = rows.select(sorted(set(range(len(rows))) - set(held_back)))
+    return first_samples(rows, data.max_train_samples)
+
+
+def load_validation_split(data: DataOptions, *columns: str) -> datasets.Dataset | datasets.IterableDataset | None:
+    """
+    [`load_split`] of what is validated on: the `validation` split, or else a share of the pictures that is held back
+    from the training. `None`, and a warning, if there is neither.
+    """
+    images = load_split(data, "validation", *columns)
+    if images is not None:
+        return images
+    rows, held_back = _load_train_split(data, *columns)
+    if not held_back:
+        logger.warning("The dataset has no `validation` split, and none is held back of it: no validation.")
+        return None
+    logger.info("No `validation` split: %d of %d pictures are held back for it.", len(held_back), len(rows))
+    return rows.select(held_back)
+
+
+def first_samples(
+    rows: datasets.Dataset | datasets.IterableDataset, limit: int | None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """`--max_train_samples` of the rows: a random choice, always the same; of a stream the first."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows if limit is None else rows.take(limit)
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select(sorted(random.Random(0).sample(range(len(rows)), limit)))
+
+
+def _load_train_split(data, *columns):
+    """The rows of the `train` split, and the numbers of those that are held back, the same in every run."""
+    rows = load_split(data, "train", *columns)
+    if rows is None:
+        return None, []
+    # Neither a stream, whose length is unknown, nor cached codes, among which the pictures would have to be found.
+    is_whole = not (data.streaming or getattr(data, "latents_dir", None)) and len(rows) > 1
+    if not is_whole or data.validation_share == 0 or load_split(data, "validation") is not None:
+        return rows, []
+    count = min(_MOST_HELD_BACK, math.ceil(data.validation_share * len(rows)))
+    return rows, sorted(random.Random(0).sample(range(len(rows)), count))
 
 
 def prepare_model(optim: OptimisationOptions, model: nn.Module, compiled: tuple[nn.Module, ...] = ()) -> nn.Module:

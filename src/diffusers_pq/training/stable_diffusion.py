@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..autoencoders import downsampling_factor, load_autoencoder
-from ..data.conditions import Prompts
+from ..data.conditions import Prompts, caption_texts
 from ..files import folder_or_hub
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
@@ -35,10 +36,11 @@ from .denoiser import (
 from .families import find_family
 from .noise import adapt_schedule, latent_shift
 from .options import DenoiserDataOptions, DenoiserOptimisationOptions, DenoiserRunOptions, NoiseOptions
-from .run import TrainingRun, create_accelerator, prepare_model, whole_module
+from .run import TrainingRun, create_accelerator, load_validation_split, prepare_model, whole_module
 from .uploads import BestModel
 
 
+_PREVIEWS = 4  # captions whose pictures are logged
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -184,7 +186,11 @@ class AdaptationRunOptions(DenoiserRunOptions):
     """Output, logs, checkpoints and the Hub."""
 
     output_dir: str = with_default(DenoiserRunOptions, "output_dir", "pqsd")
-    validation_prompts: list[str] = flag([], "pictures of them go to the log", differs="always")
+    validation_prompts: list[str] | None = flag(
+        None,
+        "pictures of them go to the log; default: four captions of the validation pictures, none with FSDP",
+        differs="always",
+    )
     guidance_scale: float | None = flag(
         None,
         "default of the PQ pipeline that is trained; default: the source's, or diffusers' own",
@@ -329,7 +335,7 @@ def _check_targets(denoiser, targets):
 
 
 def _build_task(options, accelerator, family, pipeline):
-    data, optim, prompts = options.data, options.optim, options.run.validation_prompts
+    data, optim, prompts = options.data, options.optim, _validation_prompts(options, accelerator)
     denoiser = getattr(pipeline, family.denoiser_name)
     text_encoders = {name: getattr(pipeline, name) for name in family.tokenizers}
     conditional = ConditionalDenoiser(family, denoiser, text_encoders, options.model.train_text_encoder)
@@ -350,6 +356,18 @@ def _build_task(options, accelerator, family, pipeline):
         with_sizes=family.takes_sizes,
         parts={family.denoiser_name: denoiser, **text_encoders, "vae": pipeline.vae},
     )
+
+
+def _validation_prompts(options, accelerator) -> list[str]:
+    """Those that were given, or captions of the data where pictures would be logged."""
+    run, column = options.run, options.data.caption_column
+    if run.validation_prompts is not None:
+        return run.validation_prompts
+    if run.dry_run or run.report_to == "none" or accelerator.distributed_type == DistributedType.FSDP:
+        return []
+    rows = load_validation_split(options.data, column)
+    captions = (text for row in islice(rows or (), 100) for text in caption_texts(row[column], column)[:1])
+    return list(dict.fromkeys(captions))[:_PREVIEWS]
 
 
 def _save_pipeline(pipeline, is_adapter, trainer, folder):
