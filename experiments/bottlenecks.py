@@ -19,8 +19,8 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from diffusers_pq.models.autoencoder_pq import PQModel
+from diffusers_pq.models.kmeans import kmeans_codebooks
 from diffusers_pq.models.quantizer import ProductQuantizer, ProductQuantizerOutput
-from diffusers_pq.training.initialisation import kmeans_codebooks
 
 
 # name -> what it is called in a table

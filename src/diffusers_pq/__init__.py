@@ -20,6 +20,8 @@ _PUBLIC = {
     "ProductQuantizerOutput": ".models.quantizer",
     "PQMaskedTransformer": ".models.masked_transformer",
     "PQMaskedTransformerOutput": ".models.masked_transformer",
+    "QuantizedAutoencoder": ".models.product_quantization",
+    "product_quantize": ".models.product_quantization",
     "PatchDiscriminator": ".models.discriminator",
     "widen_unet": ".models.widening",
     "widen_denoiser": ".models.widening",

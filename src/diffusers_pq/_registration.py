@@ -43,7 +43,7 @@ def _register(loading_utils):
             f"Install diffusers{SUPPORTED['diffusers']}."
         )
     loading_utils.LOADABLE_CLASSES["diffusers_pq"] = {"ModelMixin": _METHODS, "DiffusionPipeline": _METHODS}
-    for module in ("autoencoder_pq", "masked_transformer"):
+    for module in ("autoencoder_pq", "masked_transformer", "product_quantization"):
         loading_utils.LOADABLE_CLASSES[f"diffusers_pq.models.{module}"] = {"ModelMixin": _METHODS}
 
 

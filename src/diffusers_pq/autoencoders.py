@@ -11,9 +11,14 @@ from diffusers import AutoencoderKL
 
 from .files import folder_or_hub, read_json
 from .models.autoencoder_pq import PQModel
+from .models.product_quantization import QuantizedAutoencoder
 
 
-AUTOENCODERS = {"PQModel": PQModel, "AutoencoderKL": AutoencoderKL}
+AUTOENCODERS = {
+    "PQModel": PQModel,
+    "AutoencoderKL": AutoencoderKL,
+    "QuantizedAutoencoder": QuantizedAutoencoder,
+}
 
 
 def autoencoder_class(path_or_repo: str, **hub_kwargs) -> type:
@@ -93,6 +98,8 @@ def create_autoencoder(config_name_or_path: str, **overrides) -> nn.Module:
 
 def downsampling_factor(model: nn.Module) -> int:
     """F: the ratio of image side to latent side, of any image autoencoder of diffusers with levels."""
+    if isinstance(model, PQModel):
+        return model.downsampling_factor
     levels = model.config.get("block_out_channels") or model.config.encoder_block_out_channels
     return 2 ** (len(levels) - 1)
 

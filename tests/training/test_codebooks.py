@@ -5,8 +5,8 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_pq import PQModel, ProductQuantizer
+from diffusers_pq.models.kmeans import kmeans_codebooks
 from diffusers_pq.training.codebooks import DeadEntryReseeder, EMACodebooks, entry_counts, entry_sums
-from diffusers_pq.training.initialisation import kmeans_codebooks
 
 
 @pytest.fixture

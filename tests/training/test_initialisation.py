@@ -4,7 +4,8 @@ from conftest import tiny_config
 from diffusers import AutoencoderKL
 
 from diffusers_pq import PQModel, ProductQuantizer
-from diffusers_pq.training.initialisation import collect_latents, kmeans_codebooks, pca_init
+from diffusers_pq.models.kmeans import kmeans_codebooks
+from diffusers_pq.training.initialisation import collect_latents, pca_init
 from diffusers_pq.training.pqgan import ReconstructionModel
 
 

@@ -10,8 +10,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 
-from ..models.quantizer import ProductQuantizer
-from ..models.search import nearest_codes
+from ..models.kmeans import balanced_order
 
 
 # Patches in a least-squares fit: far more than the some hundred unknowns of each output channel.
@@ -157,12 +156,10 @@ def _principal_components(stream: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _dealt_out(components: torch.Tensor, num_subspaces: int) -> torch.Tensor:
-    """Components `[B, d, h, w]`, row by row, back and forth: subspace s gets the components s, 2S-1-s, 2S+s, ..."""
+    """Components `[B, d, h, w]` in [`balanced_order`], where S divides d."""
     if components.shape[1] % num_subspaces:
         return components
-    order = torch.arange(components.shape[1]).view(-1, num_subspaces)
-    order[1::2] = order[1::2].flip(1)
-    return components[:, order.T.flatten()]
+    return components[:, balanced_order(components.shape[1], num_subspaces)]
 
 
 def _rotated(components: torch.Tensor, seed: int) -> torch.Tensor:
@@ -251,40 +248,3 @@ def collect_latents(model: nn.Module, batches: Iterable[torch.Tensor], minimum: 
         if count >= minimum:
             break
     return torch.cat(latents, dim=1)[None, :, :, None]
-
-
-@torch.no_grad()
-def kmeans_codebooks(quantizer: ProductQuantizer, latents: torch.Tensor, iterations: int = 10):
-    """
-    Set the codebooks to k-means centres of latents, in every subspace at once.
-
-    Args:
-        quantizer ([`ProductQuantizer`]): Changed in place.
-        latents (`torch.Tensor` of shape `(B, d, h, w)`): At least K latent pixels.
-        iterations (`int`): Lloyd iterations. An entry that loses all its vectors restarts at a random one.
-
-    Raises:
-        ValueError: if there are fewer latent pixels than codebook entries.
-    """
-    # [S, N, d/S], and [1, S, d/S, N] for the search
-    vectors = quantizer.sub_vectors(latents).permute(1, 0, 3, 2).flatten(1, 2)
-    columns = vectors.transpose(1, 2)[None].contiguous()
-    subspaces, count, dimension = vectors.shape
-    size = quantizer.codebook_size
-    if count < size:
-        raise ValueError(f"k-means needs at least codebook_size = {size} latent pixels, but was given {count}.")
-
-    def random_vectors():
-        picked = torch.rand(subspaces, count, device=vectors.device).argsort(-1)[:, :size]
-        return vectors.gather(1, picked.unsqueeze(-1).expand(-1, -1, dimension))
-
-    centres = random_vectors()
-    for _ in range(iterations):
-        codes = nearest_codes(columns, centres)[0]
-        members = torch.zeros(subspaces, size, device=vectors.device).scatter_add_(
-            1, codes, torch.ones_like(codes, dtype=torch.float32)
-        )
-        sums = torch.zeros_like(centres).scatter_add_(1, codes.unsqueeze(-1).expand(-1, -1, dimension), vectors)
-        means = sums / members.clamp(min=1).unsqueeze(-1)
-        centres = torch.where(members.unsqueeze(-1) > 0, means, random_vectors())
-    quantizer.codebooks.copy_(centres)

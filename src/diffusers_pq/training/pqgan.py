@@ -25,8 +25,9 @@ from ..flags import Options, flag, with_default
 from ..images import to_uint8
 from ..metrics import LPIPS, PSNR, SSIM, CodebookUsage, WeightsUnavailableError, load_lpips, psnr
 from ..models.discriminator import PatchDiscriminator
+from ..models.kmeans import kmeans_codebooks
 from .codebooks import DeadEntryReseeder, EMACodebooks
-from .initialisation import collect_latents, copy_matching_weights, kmeans_codebooks, pca_init
+from .initialisation import collect_latents, copy_matching_weights, pca_init
 from .optimizers import build_optimizer
 from .options import DataOptions, OptimisationOptions, RunOptions, TrainingOptions
 from .run import (
