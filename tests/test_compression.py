@@ -227,3 +227,13 @@ def test_rates_and_distortions_of_models_and_codecs_are_those_of_their_files(fol
     pair = [to_uint8(to_tensor(picture))[None] for picture in (PIL.Image.open(jpeg), photograph)]
     assert found["psnr"] == pytest.approx(float(psnr(*pair)))
     assert (tmp_path / "out" / "rate_distortion.png").is_file()
+
+
+def test_a_large_picture_of_any_mode_is_compressed_in_tiles(model, monkeypatch):
+    monkeypatch.setattr("diffusers_pq.models.tiling.WHOLE_PIXELS", 2000)
+    model.tile_sample_min_size, model.tile_latent_min_size = 32, 8
+    picture = PIL.Image.linear_gradient("L").resize((90, 61))
+    decompressed = decompress_picture(model, compress_picture(model, picture))
+    assert decompressed.tobytes() == reconstruct_picture(model, picture).picture.tobytes()
+    monkeypatch.setattr("diffusers_pq.models.tiling.WHOLE_PIXELS", 2**20)
+    assert decompressed.tobytes() != reconstruct_picture(model, picture).picture.tobytes(), "no tile"

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
-from diffusers_pq.images import load_image, pad_to_multiple, save_image, to_pil, to_tensor
+from diffusers_pq.images import load_image, pad_to_multiple, save_image, to_pil, to_rgb, to_tensor, to_uint8
 
 
 @pytest.fixture
@@ -106,3 +106,28 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(ValueError):
         save_image(PIL.Image.new("RGB", (2, 2)), tmp_path / "out.nonsense")
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_more_pixels_than_allowed_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    PIL.Image.new("1", (40, 40)).save(path)
+    monkeypatch.setattr(PIL.Image.Image, "convert", None)
+    with pytest.raises(ValueError, match="large.png cannot be read .* it is too large, 40 x 40 pixels"):
+        load_image(path, max_pixels=1000)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1500)
+    with pytest.warns(PIL.Image.DecompressionBombWarning), pytest.raises(ValueError, match="more than 1500"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA", "LA", "PA", "I;16", "I", "F", "YCbCr", "HSV", "LAB"])
+def test_pictures_of_all_modes_become_tensors(mode, colours):
+    if mode in ("I;16", "I", "F"):
+        scale, kind = {"I;16": (257, np.uint16), "I": (1, np.int32), "F": (1 / 255, np.float32)}[mode]
+        picture = PIL.Image.fromarray((colours[..., 0].astype(np.float64) * scale).astype(kind))
+    elif mode == "LAB":
+        picture = PIL.Image.new("LAB", (17, 11), (128, 0, 0))
+    else:
+        picture = PIL.Image.fromarray(colours).convert("LA" if mode == "PA" else mode).convert(mode)
+    assert torch.equal(to_tensor(picture), to_tensor(to_rgb(picture))) and to_tensor(picture).shape == (3, 11, 17)
+    if mode in ("I;16", "I", "F"):
+        assert (to_uint8(to_tensor(picture))[0].int() - torch.from_numpy(colours[..., 0]).int()).abs().max() <= 1

@@ -110,6 +110,18 @@ def test_psnr_has_its_closed_form():
     assert float(psnr(image, reference)[1]) == pytest.approx(20 * math.log10(255 / 5))
 
 
+@pytest.mark.parametrize("strip", [1, 30 * 7, 30 * 40])
+def test_ssim_in_strips_is_that_of_the_whole_picture(strip, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randint(0, 256, (2, 3, 61, 30), generator=generator, dtype=torch.uint8)
+    noise = torch.randint(-20, 20, reference.shape, generator=generator)
+    image = (reference + noise).clamp(0, 255).to(torch.uint8)
+    image[:, :, :20] = reference[:, :, :20]
+    whole = ssim(image, reference)
+    monkeypatch.setattr("diffusers_pq.metrics._SSIM_STRIP", strip)
+    assert ssim(image, reference).tolist() == pytest.approx(whole.tolist(), abs=1e-6)
+
+
 def test_one_exact_picture_does_not_make_a_mean_infinite():
     reference = torch.full((2, 3, 16, 16), 100, dtype=torch.uint8)
     image = reference.clone()

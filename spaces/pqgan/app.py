@@ -21,6 +21,7 @@ from diffusers_pq.reconstruction import PictureReconstruction, reconstruct_pictu
 MODEL_CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 # Of a picture, in pixels. At the largest the three models take some ten seconds on two cores.
 MIN_SIDE, MAX_SIDE = 16, 1024
+MAX_PIXELS = 50_000_000  # of an upload, which is decoded before it is shrunk
 DETAIL_SIDE, DETAIL_FACTOR = 64, 6
 COLUMNS = {
     "psnr": ("PSNR (dB)", ".2f"),
@@ -72,7 +73,7 @@ def refusal(message: str) -> gr.Error:
 
 def read_upload(path: str) -> PIL.Image.Image:
     try:
-        return load_image(path)
+        return load_image(path, MAX_PIXELS)
     except ValueError:
         raise refusal("This file is no picture, damaged or far too large. Try a PNG, JPEG or WebP file.") from None
 

@@ -29,6 +29,7 @@ import torch
 
 from .images import pad_to_multiple, to_pil, to_tensor
 from .models.autoencoder_pq import PQModel
+from .models.tiling import tiled_beyond
 
 
 try:
@@ -56,14 +57,19 @@ def compress_picture(model: PQModel, picture: PIL.Image.Image) -> bytes:
 
     Args:
         model ([`PQModel`]): In eval mode.
-        picture (`PIL.Image.Image`): 8-bit RGB of any size; [`~diffusers_pq.images.load_image`] makes it.
+        picture (`PIL.Image.Image`): Of any size; modes other than RGB are converted. One of more than 2048 x 2048
+            pixels is encoded in tiles.
 
     Raises:
         TypeError: if the model is no [`PQModel`].
     """
     _check_model(model)
-    images = pad_to_multiple(to_tensor(picture)[None], model.downsampling_factor)
-    return pack_codes(model, model.encode_codes(images.to(model.device, model.dtype)), picture.size)
+    original = to_tensor(picture)[None]
+    height, width = original.shape[-2:]
+    images = pad_to_multiple(original, model.downsampling_factor).to(model.device, model.dtype)
+    with tiled_beyond(model, height, width):
+        codes = model.encode_codes(images)
+    return pack_codes(model, codes, (width, height))
 
 
 @torch.no_grad()
@@ -77,7 +83,8 @@ def decompress_picture(model: PQModel, data: bytes) -> PIL.Image.Image:
     """
     _check_model(model)
     codes, (width, height) = unpack_codes(model, data)
-    sample = model.decode_codes(codes.to(model.device)).sample
+    with tiled_beyond(model, height, width):
+        sample = model.decode_codes(codes.to(model.device)).sample
     return to_pil(sample[0, :, :height, :width])
 
 

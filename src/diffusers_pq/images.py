@@ -11,16 +11,22 @@ import torch.nn.functional as F
 from .files import replacing
 
 
-def load_image(path: str | os.PathLike) -> PIL.Image.Image:
+def load_image(path: str | os.PathLike, max_pixels: int | None = None) -> PIL.Image.Image:
     """
     Read a picture file as upright 8-bit RGB.
 
+    Args:
+        path (`str` or `os.PathLike`)
+        max_pixels (`int`, *optional*): Larger pictures are refused before they are decoded: a file of a few kB can
+            hold gigabytes. Default: `PIL.Image.MAX_IMAGE_PIXELS`, 89 million; it may be changed.
+
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no picture, damaged, or so large that Pillow takes it for an attack.
+        ValueError: if the file is no picture, damaged, or too large.
     """
     try:
         with PIL.Image.open(path) as picture:
+            _check_size(picture, max_pixels or PIL.Image.MAX_IMAGE_PIXELS)
             return to_rgb(picture)
     except FileNotFoundError:
         raise FileNotFoundError(f"No such picture: {path}") from None
@@ -28,6 +34,15 @@ def load_image(path: str | os.PathLike) -> PIL.Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files, broken EXIF for one
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _check_size(picture: PIL.Image.Image, max_pixels: int | None):
+    if max_pixels and picture.width * picture.height > max_pixels:
+        size = f"{picture.width} x {picture.height}"
+        raise ValueError(
+            f"it is too large, {size} pixels, more than {max_pixels}. Make it smaller or, in Python, set "
+            "`PIL.Image.MAX_IMAGE_PIXELS`"
+        )
 
 
 def to_rgb(picture: PIL.Image.Image, upright: bool = True) -> PIL.Image.Image:
@@ -64,7 +79,8 @@ def _eight_bit_grey(pixels: np.ndarray, mode: str) -> np.ndarray:
 
 
 def to_tensor(picture: PIL.Image.Image) -> torch.Tensor:
-    """An RGB picture as `[3, H, W]` float32 in [-1, 1]."""
+    """A picture as `[3, H, W]` float32 in [-1, 1]; modes other than RGB go through [`to_rgb`]."""
+    picture = picture if picture.mode == "RGB" else to_rgb(picture)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 

@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14-336"
 # torchvision's names of the LPIPS backbones.
 _LPIPS_BACKBONES = {"alex": "alexnet", "vgg": "vgg16"}
-_SSIM_SIDE = 6  # half the window, reflected at the borders, and one
+SSIM_SIDE = 6  # half the window, reflected at the borders, and one
+_SSIM_MARGIN = 5  # of the window about its middle
+_SSIM_STRIP = 2048**2  # pixels for which SSIM takes about 1 GB
 # Rows of a kernel matrix that CMMD holds at once.
 _KERNEL_ROWS = 1024
 
@@ -65,7 +67,7 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of shape `(B,)`. An exact picture counts as if one of its values were one level off, the highest
             PSNR below infinity, so that means over pictures stay finite.
     """
-    error = (images.double() - references.double()).square().sum((1, 2, 3)).clamp(min=1)
+    error = (images.int() - references.int()).square().sum((1, 2, 3), dtype=torch.float64).clamp(min=1)
     return 10 * torch.log10(255.0**2 * images[0].numel() / error)
 
 
@@ -94,10 +96,26 @@ def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: if a side is shorter than 6 pixels, too short for the window.
     """
-    if min(images.shape[-2:]) < _SSIM_SIDE:
+    if min(images.shape[-2:]) < SSIM_SIDE:
         height, width = images.shape[-2:]
-        raise ValueError(f"SSIM needs pictures of {_SSIM_SIDE} pixels a side or more, but got {width} x {height}.")
-    return structural_similarity_index_measure(images.float(), references.float(), data_range=255.0, reduction="none")
+        raise ValueError(f"SSIM needs pictures of {SSIM_SIDE} pixels a side or more, but got {width} x {height}.")
+    height, width = images.shape[-2:]
+    rows = max(1, _SSIM_STRIP // width)
+    if height <= rows:
+        return _ssim(images, references)
+    total = 0
+    for start in range(0, height, rows):
+        stop = min(start + rows, height)
+        first = max(0, start - _SSIM_MARGIN)
+        strip = ..., slice(first, stop + _SSIM_MARGIN), slice(None)
+        _, scores = _ssim(images[strip], references[strip], return_full_image=True)
+        total += scores[..., start - first : stop - first, :].double().mean((1, 2, 3)) * (stop - start)
+    return (total / height).float()
+
+
+def _ssim(images: torch.Tensor, references: torch.Tensor, **options):
+    pictures = images.float(), references.float()
+    return structural_similarity_index_measure(*pictures, data_range=255.0, reduction="none", **options)
 
 
 def bits_per_pixel(stored: torch.Tensor, images: torch.Tensor, codebook_size: int | None = None) -> float:

@@ -10,8 +10,9 @@ from diffusers import VQModel
 
 from .autoencoders import downsampling_factor
 from .images import pad_to_multiple, to_pil, to_tensor, to_uint8
-from .metrics import CodebookUsage, bits_per_pixel, psnr, ssim
+from .metrics import SSIM_SIDE, CodebookUsage, bits_per_pixel, psnr, ssim
 from .models.autoencoder_pq import PQModel
+from .models.tiling import tiled_beyond
 
 
 @dataclass
@@ -33,8 +34,8 @@ class PictureReconstruction:
     """
     Args:
         picture (`PIL.Image.Image`): The reconstruction, of the original's size.
-        scores (`dict[str, float]`): `psnr` (dB), `ssim`, `bits_per_pixel`, `seconds` of encoding and decoding, and
-            `H_n`, `P_n` (Eq. 3) if the model has codebooks.
+        scores (`dict[str, float]`): `psnr` (dB), `ssim` if both sides have 6 pixels, `bits_per_pixel`, `seconds` of
+            encoding and decoding, and `H_n`, `P_n` (Eq. 3) if the model has codebooks.
         codes (`torch.LongTensor` of shape `(1, S, h, w)`, *optional*): The codes.
     """
 
@@ -81,17 +82,19 @@ def stored_bits_per_pixel(model: nn.Module, output: EncodedPictures, images: tor
 
 def reconstruct_picture(model: nn.Module, picture: PIL.Image.Image) -> PictureReconstruction:
     """
-    Encode and decode one RGB picture of any size; it is padded to a multiple of F and cropped back.
+    Encode and decode one picture of any size; it is padded to a multiple of F and cropped back. More than 2048 x 2048
+    pixels are taken in tiles, if the model can do so.
 
     Args:
         model (`nn.Module`): An image autoencoder of diffusers or a [`PQModel`], in eval mode.
-        picture (`PIL.Image.Image`): 8-bit RGB; [`~diffusers_pq.images.load_image`] makes it.
+        picture (`PIL.Image.Image`): Modes other than RGB are converted.
     """
     original = to_tensor(picture).unsqueeze(0)
     height, width = original.shape[-2:]
     padded = pad_to_multiple(original, downsampling_factor(model)).to(model.device, model.dtype)
     started = time.perf_counter()
-    output = reconstruct(model, padded)
+    with tiled_beyond(model, height, width):
+        output = reconstruct(model, padded)
     if padded.is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
@@ -99,7 +102,7 @@ def reconstruct_picture(model: nn.Module, picture: PIL.Image.Image) -> PictureRe
     pair = to_uint8(sample), to_uint8(original)
     scores = {
         "psnr": float(psnr(*pair)),
-        "ssim": float(ssim(*pair)),
+        **({"ssim": float(ssim(*pair))} if min(height, width) >= SSIM_SIDE else {}),
         "bits_per_pixel": stored_bits_per_pixel(model, output, original),
         "seconds": seconds,
     }

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from diffusers_pq.data.conditions import caption_texts, class_names
 from diffusers_pq.data.loaders import (
     BadImages,
     EpochSampler,
@@ -22,7 +23,7 @@ from diffusers_pq.data.loaders import (
     StreamPosition,
     build_train_loader,
 )
-from diffusers_pq.data.pictures import BadImageError, Crops, PictureSource, usable_rows
+from diffusers_pq.data.pictures import BadImageError, ConditionedCrops, Crops, PictureSource, usable_rows
 from diffusers_pq.images import to_tensor
 
 
@@ -290,3 +291,59 @@ def test_small_pictures_are_enlarged_down_to_the_limit():
     assert level(Crops("image", 16, min_image_side=8)(row, random.Random(0))) == 50
     with pytest.raises(BadImageError, match="a picture is too small"):
         Crops("image", 16, min_image_side=9)(row, random.Random(0))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_whose_pictures_are_all_too_small_names_the_flag_and_a_picture(streaming, tmp_path):
+    for number in range(3):
+        grey(number).save(tmp_path / f"{number}.png")
+    images = PictureSource(data_dir=str(tmp_path), streaming=streaming).load("train")
+    loader = build_train_loader(images, Crops("image", 32), Accelerator(cpu=True), 2)
+    with pytest.raises(ValueError, match=r"`--min_image_side`, which is the resolution.*\.png is too small: 16 x 16"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("value, texts", [("a", ["a"]), (None, []), ([], []), (["a", None, "b"], ["a", "b"])])
+def test_captions_are_a_text_or_a_list_with_gaps(value, texts):
+    assert caption_texts(value, "text") == texts
+
+
+@pytest.mark.parametrize("value", [7, 0.5, {"en": "a"}, ["a", 7], True])
+def test_captions_that_are_no_texts_name_their_column(value):
+    with pytest.raises(ValueError, match="column 'caption' must be texts.* but one is"):
+        caption_texts(value, "caption")
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [[0], [1]], [{"id": 0}, {"id": 1}]], ids=["floats", "lists", "dicts"])
+@pytest.mark.parametrize("names", [None, "names.txt"])
+def test_classes_that_are_no_whole_numbers_or_strings_name_their_column(values, names):
+    dataset = datasets.Dataset.from_dict({"label": values})
+    with pytest.raises(ValueError, match="whole numbers or strings, but the column 'label' holds"):
+        class_names(dataset, "label", names)
+
+
+def test_sizes_say_where_a_crop_lies_in_the_resized_picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "picture.png")
+    row = {"image": {"path": str(tmp_path / "picture.png"), "bytes": None}}
+    whole = to_tensor(PIL.Image.open(tmp_path / "picture.png"))
+    seen = set()
+    for seed in range(8):
+        cut = Crops("image", 40, resize_mode="short_side", random_flip=True)
+        crops = ConditionedCrops(cut, lambda row, generator: {"a": 1}, with_sizes=True)
+        example = crops(row, random.Random(seed))
+        height, width, top, left, *target = example["condition"]["sizes"].int().tolist()
+        assert (height, width, top, *target) == (40, 60, 0, 40, 40) and example["condition"]["a"] == 1
+        parts = {
+            mirrored: picture[:, :, left : left + 40] for mirrored, picture in ((False, whole), (True, whole.flip(2)))
+        }
+        (mirrored,) = (name for name, part in parts.items() if torch.equal(part, example["pixel_values"]))
+        seen.add(mirrored)
+    assert seen == {False, True}
+
+
+@pytest.mark.parametrize("labels", [[0, 10**9], [-1, 3]])
+def test_absurd_labels_are_refused_before_a_table_of_them_is_made(labels):
+    dataset = datasets.Dataset.from_dict({"label": labels})
+    with pytest.raises(ValueError, match=f"'label' range from {labels[0]} to {labels[1]}, but must lie in"):
+        class_names(dataset, "label")

@@ -169,6 +169,33 @@ def test_reconstructs_a_picture_of_any_size_with_every_autoencoder(name):
     assert ("H_n" in result.scores) == (name in ("PQModel", "VQModel"))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 40), (6, 6)])
+def test_the_smallest_pictures_are_reconstructed(size):
+    picture = PIL.Image.new("L", size, 100)
+    result = reconstruct_picture(tiny_model("PQModel"), picture)
+    assert result.picture.size == size and ("ssim" in result.scores) == (min(size) >= 6)
+
+
+@pytest.mark.parametrize("name", ["PQModel", "AutoencoderKL", "VQModel"])
+def test_a_large_picture_is_taken_in_tiles(name, monkeypatch):
+    model = tiny_model(name)
+    largest = 0
+
+    def look(module, inputs):
+        nonlocal largest
+        largest = max(largest, inputs[0].shape[-2] * inputs[0].shape[-1])
+
+    model.encoder.register_forward_pre_hook(look)
+    picture = PIL.Image.linear_gradient("L").resize((100, 64))
+    whole = reconstruct_picture(model, picture).picture
+    assert largest == 100 * 64
+    monkeypatch.setattr("diffusers_pq.models.tiling.WHOLE_PIXELS", 5000)
+    largest = 0
+    tiled = reconstruct_picture(model, picture).picture
+    assert tiled.size == whole.size and (largest < 100 * 64) == (name != "VQModel")
+    assert not getattr(model, "use_tiling", False)
+
+
 def test_the_codes_of_a_vqmodel_are_those_it_decodes(images):
     model = tiny_model("VQModel")
     codes = reconstruct(model, images).codes

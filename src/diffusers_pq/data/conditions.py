@@ -13,6 +13,9 @@ import torch
 _LABEL_TYPES = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 _LABEL_TYPES |= {"bool", "string", "large_string"}
 
+# ImageNet-21k has 21,841. A label of 10^9 would be a table of as many names, and of embeddings.
+_MOST_CLASSES = 100_000
+
 
 def caption_texts(value: str | list | None, column: str) -> list[str]:
     """
@@ -101,7 +104,7 @@ def class_names(
 
     Raises:
         ValueError: if the file names a class twice and the column may hold names, or a stream's column does not say
-            what classes there are.
+            what classes there are, or labels are negative or absurdly large.
     """
     feature = dataset.features[label_column]
     dtype = getattr(feature, "dtype", "list")
@@ -128,5 +131,10 @@ def class_names(
     if None in values:
         raise ValueError(f"Some rows have no class in the column {label_column!r}.")
     if all(isinstance(value, int) for value in values):
+        if values and not 0 <= min(values) <= max(values) < _MOST_CLASSES:
+            raise ValueError(
+                f"The labels in the column {label_column!r} range from {min(values)} to {max(values)}, but must lie "
+                f"in 0 ... {_MOST_CLASSES - 1}: renumber them, or cast the column to strings."
+            )
         return [str(label) for label in range(max(values) + 1)]
     return sorted(values)

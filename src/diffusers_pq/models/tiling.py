@@ -1,9 +1,32 @@
 """Run a convolutional network over overlapping tiles of a large input."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.nn as nn
+
+
+# The pixels of a picture that is still taken whole. An autoencoder of Stable Diffusion's size needs some 8 GB for it.
+WHOLE_PIXELS = 2048**2
+
+
+@contextmanager
+def tiled_beyond(model: nn.Module, height: int, width: int, whole_pixels: int | None = None) -> Iterator[None]:
+    """
+    Lets an autoencoder of diffusers that knows tiling take a picture in tiles if it has more than `whole_pixels`
+    (default: 2048 x 2048), so that the memory does not grow with the picture.
+    """
+    limit = WHOLE_PIXELS if whole_pixels is None else whole_pixels
+    tile = height * width > limit and getattr(model, "use_tiling", None) is False
+    if tile:
+        model.enable_tiling()
+    try:
+        yield
+    finally:
+        if tile:
+            model.disable_tiling()
 
 
 def _tile_starts(length: int, tile: int, overlap: int) -> list[int]:
