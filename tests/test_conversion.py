@@ -496,7 +496,7 @@ def test_every_tensor_is_accounted_for(vqgan, tmp_path):
     tensors = dict(tensors)
     del tensors["encoder.down.1.attn.0.q.bias"], tensors["quantize.embedding.weight"]
     tensors["decoder.up.0.upsample.conv.weight"] = torch.ones(32, 32, 3, 3)
-    tensors["model_ema.decay"] = torch.ones(())
+    tensors["ema_of_ours.decay"] = torch.ones(())
     tensors["decoder.mid.attn_1.q.weight"] = torch.ones(64, 64, 3, 3)
     tensors["decoder.up.1.block.1.conv2.weight"] = torch.ones(64, 64, 1, 1)
     write(tmp_path, tensors, embed_dim=16, n_embed=32)
@@ -505,7 +505,7 @@ def test_every_tensor_is_accounted_for(vqgan, tmp_path):
     for sentence in (
         "last.ckpt does not fit",
         "Missing: encoder.down.1.attn.0.q.bias, quantize.embedding.weight.",
-        "Left over: decoder.up.0.upsample.conv.weight, model_ema.decay.",
+        "Left over: decoder.up.0.upsample.conv.weight, ema_of_ours.decay.",
         "decoder.up.1.block.1.conv2.weight is [64, 64, 1, 1], not [64, 64, 3, 3]",
         "decoder.mid.attn_1.q.weight is [64, 64, 3, 3], not [64, 64]",
     ):
@@ -518,6 +518,90 @@ def test_a_gap_in_the_codebooks_and_a_codebook_of_another_size_are_named(tmp_pat
     tensors["quantize.embeddings.2.weight"] = torch.ones(9, 6)
     with pytest.raises(ValueError, match=r"Missing: \S*ings.1.weight. Of .*ings.2.weight is \[9, 6\], not \[8, 6\]"):
         load_original_autoencoder(*write(tmp_path, tensors, embed_dim=24, n_embed=8))
+
+
+def averages(tensors, prefix=""):
+    """Another model's tensors, named as a moving average of these."""
+    other = {name: value + 1 for name, value in tensors.items()}
+    return other, {f"{prefix}model_ema.{name.replace('.', '')}": value for name, value in other.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_the_moving_average_is_taken_on_request_only(prefix, vqgan, tmp_path, caplog):
+    checkpoint, config, tensors = vqgan
+    other, ema = averages(tensors, prefix)
+    plain = {f"{prefix}{name}": value for name, value in tensors.items()}
+    extra = {f"{prefix}model_ema.decay": torch.ones(()), f"{prefix}model_ema.num_updates": torch.ones(())}
+    if prefix:  # of the diffusion model
+        extra["model_ema.diffusion_modeloutweight"] = torch.ones(1)
+    write(tmp_path, plain | ema | extra, embed_dim=16, n_embed=32)
+    model = load_original_autoencoder(checkpoint, config)
+    assert torch.equal(model.encoder.conv_in.weight, tensors["encoder.conv_in.weight"])
+    assert "also holds a moving average of the weights, which `use_ema` would take" in caplog.text
+    model = PQModel.from_pretrained(convert(checkpoint, config, tmp_path / "out", "--use_ema"))
+    assert torch.equal(model.encoder.conv_in.weight, other["encoder.conv_in.weight"])
+    assert torch.equal(model.quantizer.codebooks[0], other["quantize.embedding.weight"])
+
+
+def test_a_moving_average_that_is_absent_or_in_part_is_refused(vqgan, tmp_path):
+    checkpoint, config, tensors = vqgan
+    with pytest.raises(ValueError, match="holds no moving average of the autoencoder .*leave `use_ema` out"):
+        load_original_autoencoder(checkpoint, config, use_ema=True)
+    _, ema = averages(tensors)
+    del ema["model_ema.encoderconv_inweight"], ema["model_ema.quantizeembeddingweight"]
+    write(tmp_path, tensors | ema, embed_dim=16, n_embed=32)
+    with pytest.raises(ValueError, match="Missing: encoder.conv_in.weight. Is"):
+        load_original_autoencoder(checkpoint, config, use_ema=True)
+
+
+def test_a_gumbel_quantiser_is_called_by_its_name(vqgan, tmp_path):
+    checkpoint, config, tensors = vqgan
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("quantize")}
+    tensors |= {"quantize.embed.weight": torch.ones(32, 16), "quantize.proj.weight": torch.ones(32, 16, 1, 1)}
+    write(tmp_path, tensors, embed_dim=16, n_embed=32)
+    with pytest.raises(ValueError, match="has a Gumbel quantiser"):
+        load_original_autoencoder(checkpoint, config)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("ch", 0, "`ch` must be a whole number from 1 to 8192, but is 0"),
+        ("ch", "32", "`ch` must be a whole number from 1 to 8192, but is '32'"),
+        ("ch", 24, "`ch` times each entry of `ch_mult` must be a multiple of 32, but 24 times 1 is not"),
+        ("ch", 10**9, "`ch` must be a whole number .* but is 1000000000"),
+        ("num_res_blocks", True, "`num_res_blocks` must be a whole number .* but is True"),
+        ("num_res_blocks", 10**9, "`num_res_blocks` must be a whole number from 1 to 64"),
+        ("resolution", "${data.params.size}", "`resolution` is the interpolation .*: write the number"),
+        ("ch_mult", "1,2", "`ch_mult` must be a list of at most 12 numbers, but is '1,2'"),
+        ("ch_mult", [], "`ch_mult` must have an entry for each level"),
+        ("ch_mult", [1, "2"], "`ch_mult` must be a whole number from 1 to 256, but is '2'"),
+        ("attn_resolutions", 8, "`attn_resolutions` must be a list"),
+        ("z_channels", None, "`z_channels` must be a whole number .* but is None"),
+        ("n_embed", 1, "`n_embed` must be a whole number from 2"),
+        ("n_embed", 2**40, "`n_embed` must be a whole number from 2 to 1048576"),
+        ("embed_dim", 2.5, "`embed_dim` must be a whole number .* but is 2.5"),
+        ("scale_factor", "large", "`scale_factor` must be a positive number, but is 'large'"),
+        ("scale_factor", 0, "`scale_factor` must be a positive number, but is 0"),
+    ],
+)
+def test_an_option_that_no_network_can_have_is_named(option, value, message, vqgan, capsys):
+    checkpoint, config, _ = vqgan
+    content = yaml.safe_load(config.read_text())
+    options = content["model"]["params"]
+    (options["ddconfig"] if option in DDCONFIG else options)[option] = value
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=f"model.yaml: {message}"):
+        load_original_autoencoder(checkpoint, config)
+    assert main(["convert", str(checkpoint), "--config", str(config), "--output", str(config.parent / "out")]) == 1
+    assert option in capsys.readouterr().err and not (config.parent / "out").exists()
+
+
+def test_sizes_that_do_not_fit_are_named_without_memory_for_them(vqgan):
+    checkpoint, config, _ = vqgan
+    config.write_text(config.read_text().replace("n_embed: 32", "n_embed: 1000000").replace("ch: 32", "ch: 8192"))
+    with pytest.raises(ValueError, match=r"Of another shape: .*is \[32, 16\], not \[1000000, 16\]"):
+        load_original_autoencoder(checkpoint, config)
 
 
 def test_a_model_the_class_cannot_hold_is_refused(vqgan, tmp_path):
@@ -535,7 +619,7 @@ def test_a_model_the_class_cannot_hold_is_refused(vqgan, tmp_path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("model: {params: {ddconfig: {ch: 32}}}", "lacks ch_mult, num_res"), ("a: 1", "KeyError"), ("[", "no YAML")],
+    [("model: {params: {ddconfig: {ch: 32}}}", "lacks num_res_blocks, res"), ("a: 1", "KeyError"), ("[", "no YAML")],
 )
 def test_a_bad_yaml_file_is_named(text, message, vqgan):
     checkpoint, config, _ = vqgan

@@ -85,6 +85,9 @@ def _build_parser() -> argparse.ArgumentParser:
             "the YAML file says, ImageNet's for the authors' checkpoints",
         )
     convert.add_argument("--revision", help="branch, tag or commit of the repository on the Hub; default: main")
+    convert.add_argument(
+        "--use_ema", action="store_true", help="take the moving average of the autoencoder's weights (model_ema.*)"
+    )
     convert.set_defaults(run=_convert)
 
     compress = commands.add_parser("compress", help="write a picture of any size as entropy-coded codes")
@@ -185,6 +188,7 @@ def _convert(args):
         image_mean=args.image_mean,
         image_std=args.image_std,
         revision=args.revision,
+        use_ema=args.use_ema,
     )
     normalisation = ""
     if model.config.get("image_mean") is not None:

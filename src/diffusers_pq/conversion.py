@@ -5,9 +5,11 @@ attention inside the levels nor codebooks.
 """
 
 import logging
+import math
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +38,22 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # What PQGAN's data loaders do to pictures unless `norm_values` of the YAML file says otherwise: `None` is [-1, 1].
 _LOADERS = {"ImageNetLoader": (IMAGENET_MEAN, IMAGENET_STD), "FFHQLoader": None, "LSUNLoader": None}
 
-_REQUIRED_OPTIONS = (
-    "ch",
-    "ch_mult",
-    "num_res_blocks",
-    "attn_resolutions",
-    "resolution",
-    "in_channels",
-    "out_ch",
-    "z_channels",
-    "embed_dim",
-)
+# Whole numbers in the YAML file, each with the largest that is taken for meant.
+_NUMBERS = {
+    "ch": 2**13,
+    "num_res_blocks": 2**6,
+    "resolution": 2**16,
+    "in_channels": 2**10,
+    "out_ch": 2**10,
+    "z_channels": 2**14,
+    "embed_dim": 2**14,
+}
+# Lists of them, with the most entries.
+_LISTS = {"ch_mult": 12, "attn_resolutions": 12}
+_MAX_MULTIPLE = {"ch_mult": 2**8, "attn_resolutions": 2**16}
+_MAX_ENTRIES = 2**20
+# Channels of the group that the networks normalise together.
+_NORM_GROUPS = 32
 
 # Options that change what the network computes but not its tensors, with the one value that diffusers' networks have.
 _FIXED_OPTIONS = {"tanh_out": False, "give_pre_end": False, "distance_type": "l2", "disable_quantization": False}
@@ -55,6 +62,9 @@ _FIXED_OPTIONS = {"tanh_out": False, "give_pre_end": False, "distance_type": "l2
 # for pictures of segmentations. PQGAN's code also makes a vector quantiser and a product quantiser whichever of them
 # it uses as `quantize`, and its product quantiser has an `embedding` without use.
 _UNUSED_TENSORS = re.compile(r"(loss|vq_standard|vq_split|quantize\.embedding)\.|(quantize\.used|colorize)$")
+
+# The moving average of the weights that latent diffusion keeps with `use_ema: true`.
+_EMA = "model_ema."
 
 _SUBSPACE_CODEBOOK = re.compile(r"((?:quantize\.)?embeddings\.)(\d+)\.weight")
 
@@ -133,6 +143,7 @@ def load_original_autoencoder(
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
     revision: str | None = None,
+    use_ema: bool = False,
 ) -> ModelMixin:
     """
     Load an autoencoder that was trained with the original VQGAN, PQGAN or latent diffusion code.
@@ -154,6 +165,8 @@ def load_original_autoencoder(
             How the training pictures, of colours in [0, 1], were normalised, for the config of the `PQModel`. Default:
             as the YAML file says, and ImageNet's for the authors' checkpoints.
         revision (`str`, *optional*): Branch, tag or commit of the repository on the Hub.
+        use_ema (`bool`, *optional*, defaults to `False`):
+            Take the moving average of the autoencoder's weights (`model_ema.*`) in their place.
 
     Returns:
         `PQModel`, `VQModel` or `AutoencoderKL`: In eval mode and float32. `scaling_factor` is the original's
@@ -162,8 +175,8 @@ def load_original_autoencoder(
     Raises:
         FileNotFoundError: if one of the files does not exist.
         OSError: if the Hub has no such file or cannot be reached.
-        ValueError: if one of them is damaged, the checkpoint holds more than tensors, the two do not fit together or
-            `target` cannot hold the model.
+        ValueError: if one of them is damaged, the checkpoint holds more than tensors, an option is no number that a
+            network can have, the two do not fit together or `target` cannot hold the model.
     """
     is_authors = str(checkpoint).startswith(f"{AUTHORS_REPOSITORY}:")
     checkpoint, config = _locate(checkpoint, config, revision)
@@ -175,16 +188,20 @@ def load_original_autoencoder(
     # Latent diffusion keeps a measured scale beside the weights.
     scaling_factor = tensors.get("scale_factor", options.get("scale_factor"))
     tensors = _first_stage(tensors)
+    _check_not_gumbel(tensors, checkpoint)
     codebooks = _codebook_names(tensors)
-    model = _create_model(options, target, len(codebooks), scaling_factor)
+    with torch.device("meta"):  # sizes are compared before memory is asked for
+        model = _create_model(options, target, len(codebooks), scaling_factor)
     destinations = _destinations(model, codebooks)
+    tensors = _choose_average(tensors, destinations, use_ema, checkpoint)
     problems = _mismatches(tensors, destinations)
     if problems:
         raise ValueError(
             f"{checkpoint} does not fit {config} as {type(model).__name__}. {' '.join(problems)} Is it the YAML file "
             "of this checkpoint?"
         )
-    for name, destination in destinations.items():
+    model.to_empty(device="cpu")
+    for name, destination in _destinations(model, codebooks).items():
         destination.copy_(tensors[name].reshape(destination.shape))
     return model.eval()
 
@@ -235,9 +252,7 @@ def _read_options(path: Path) -> dict[str, Any]:
             f"{path} is no YAML file with `ddconfig` in `model.params` (VQGAN, latent diffusion) or `model.init_args` "
             f"(PQGAN): {error!r}"
         ) from error
-    missing = [name for name in _REQUIRED_OPTIONS if name not in options]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    _check_options(path, options)
     for name, supported in _FIXED_OPTIONS.items():
         if options.get(name, supported) != supported:
             raise ValueError(f"{path}: `{name}: {options[name]}` cannot be converted, only {supported} can.")
@@ -246,16 +261,59 @@ def _read_options(path: Path) -> dict[str, Any]:
     return options
 
 
+def _check_options(path: Path, options: dict[str, Any]):
+    """A `ValueError` with the first option that is missing or no number that a network can have."""
+    missing = [name for name in (*_NUMBERS, *_LISTS) if name not in options]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    for name, most in _NUMBERS.items():
+        _check_number(path, name, options[name], most)
+    if "n_embed" in options:
+        _check_number(path, "n_embed", options["n_embed"], _MAX_ENTRIES, least=2)
+    for name, most in _LISTS.items():
+        if not isinstance(options[name], list) or len(options[name]) > most:
+            raise ValueError(f"{path}: `{name}` must be a list of at most {most} numbers, but is {options[name]!r}.")
+        for value in options[name]:
+            _check_number(path, name, value, _MAX_MULTIPLE[name])
+    if not options["ch_mult"]:
+        raise ValueError(f"{path}: `ch_mult` must have an entry for each level, but is empty.")
+    uneven = [multiple for multiple in options["ch_mult"] if options["ch"] * multiple % _NORM_GROUPS]
+    if uneven:
+        raise ValueError(
+            f"{path}: `ch` times each entry of `ch_mult` must be a multiple of {_NORM_GROUPS}, but {options['ch']} "
+            f"times {uneven[0]} is not."
+        )
+    scale = options.get("scale_factor", 1.0)
+    try:
+        is_scale = 0 < float(scale) < math.inf
+    except (TypeError, ValueError):
+        is_scale = False
+    if not is_scale:
+        raise ValueError(f"{path}: `scale_factor` must be a positive number, but is {scale!r}.")
+
+
+def _check_number(path: Path, name: str, value: Any, most: int, least: int = 1):
+    if isinstance(value, str) and "${" in value:
+        raise ValueError(f"{path}: `{name}` is the interpolation {value}: write the number that it stands for.")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{path}: `{name}` must be a whole number from {least} to {most}, but is {value!r}.")
+
+
 def _image_statistics(options: dict[str, Any], is_authors: bool) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation by which the training pictures were normalised; `None` for [-1, 1]."""
     if "data" not in options:
         return (IMAGENET_MEAN, IMAGENET_STD) if is_authors else None
-    data = options["data"] or {}
+    data = options["data"] if isinstance(options["data"], dict) else {}
     norm_values = (data.get("init_args") or {}).get("norm_values")
     if norm_values is not None:
-        mean, std = ([float(value)] * options["in_channels"] for value in norm_values)
+        try:
+            mean, std = ([float(value)] * options["in_channels"] for value in norm_values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`data.init_args.norm_values` of the YAML file must be two numbers, but is {norm_values!r}."
+            ) from error
         return None if mean[0] == std[0] == 0.5 else (mean, std)
-    loader = data.get("class_path", "").rpartition(".")[-1]
+    loader = str(data.get("class_path", "")).rpartition(".")[-1]
     if is_authors or loader in _LOADERS:
         return _LOADERS.get(loader, (IMAGENET_MEAN, IMAGENET_STD))
     logger.warning(
@@ -293,6 +351,33 @@ def _first_stage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     prefix = "first_stage_model."
     inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return inner or tensors
+
+
+def _check_not_gumbel(tensors: dict[str, torch.Tensor], checkpoint: Path):
+    if {"quantize.proj.weight", "quantize.embed.weight"} & tensors.keys():
+        raise ValueError(
+            f"{checkpoint} has a Gumbel quantiser (`quantize.proj`, `quantize.embed`), which chooses entries by a "
+            "convolution and not by their distance: neither PQModel nor VQModel can hold it."
+        )
+
+
+def _choose_average(
+    tensors: dict[str, torch.Tensor], names: Iterable[str], use_ema: bool, checkpoint: Path
+) -> dict[str, torch.Tensor]:
+    """The tensors without the moving averages beside them, or with these in their place."""
+    averages = {name: value for name, value in tensors.items() if name.startswith(_EMA)}
+    plain = {name: value for name, value in tensors.items() if name not in averages}
+    if not use_ema:
+        if averages:
+            logger.warning("%s also holds a moving average of the weights, which `use_ema` would take.", checkpoint)
+        return plain
+    if not averages:
+        raise ValueError(f"{checkpoint} holds no moving average of the autoencoder (`{_EMA}*`): leave `use_ema` out.")
+    # Averages go by the names of their tensors without dots; a codebook that is not trained has none.
+    chosen = {name: averages.get(_EMA + name.replace(".", "")) for name in names}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    codebooks = {name: value for name, value in plain.items() if re.match(r"quantize\.|embeddings\.", name)}
+    return codebooks | chosen
 
 
 def _codebook_names(tensors: dict[str, torch.Tensor]) -> list[str]:
