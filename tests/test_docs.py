@@ -74,6 +74,7 @@ COMMANDS = {
     "python": check_python,
     "make": check_make,
     "pip": check_nothing,
+    "tensorboard": check_nothing,
     "hf": check_nothing,
 }
 SYBIL = Sybil([PythonCodeBlockParser(), CodeBlockParser("bash", check_shell_block), SkipParser()])
