@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
+from .fused_quantization import is_fusable, quantize
 from .search import is_exporting, nearest_codes
 
 
@@ -147,12 +148,15 @@ class ProductQuantizer(nn.Module):
             [`ProductQuantizerOutput`]; for `codes` what `lookup` returns.
 
         Raises:
-            ValueError: if the shape is wrong or, in eval mode, a latent is not finite. In training mode non-finite
-                values pass on to the loss, where the training loop sees them without a device synchronisation here.
+            ValueError: if the shape is wrong or, in eval mode and not on a GPU, a latent is not finite. In training
+                mode and on a GPU, where looking would wait for the device, non-finite values pass on to the latents
+                and to the loss.
         """
         if codes is not None:
             return self._lookup(codes)
         self._check_latents(latents)
+        if self._is_fusable(latents):
+            return self._quantize_fused(latents)
         with torch.autocast(latents.device.type, enabled=False):
             z_e = self.sub_vectors(latents)
             codes = nearest_codes(z_e, self.entries, self.training)
@@ -165,13 +169,22 @@ class ProductQuantizer(nn.Module):
             z_q = (z_q.detach() + (carrier - carrier.detach())).reshape(latents.shape)
         return ProductQuantizerOutput(latents=z_q.to(latents.dtype), codes=codes, loss=loss)
 
+    def _is_fusable(self, latents: torch.Tensor) -> bool:
+        plain = self.codebook_distance == "euclidean" and self.gradient_estimator == "straight_through"
+        return plain and not is_exporting() and is_fusable(latents, self.codebooks)
+
+    def _quantize_fused(self, latents: torch.Tensor) -> ProductQuantizerOutput:
+        z_q, codes, loss = quantize(latents.flatten(2), self.codebooks, self.commitment_beta)
+        size = latents.shape[2:]
+        return ProductQuantizerOutput(latents=z_q.unflatten(2, size), codes=codes.unflatten(2, size), loss=loss)
+
     def _check_latents(self, latents: torch.Tensor):
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(
                 f"`latents` must have shape [batch, {self.latent_channels}, height, width] (latent_channels = "
                 f"{self.latent_channels}), but have shape {list(latents.shape)}."
             )
-        if self.training or torch.compiler.is_compiling() or is_exporting():
+        if self.training or latents.is_cuda or torch.compiler.is_compiling() or is_exporting():
             return
         if not latents.isfinite().all():
             bad = int((~latents.isfinite()).sum())

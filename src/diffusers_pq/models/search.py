@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from .fused_quantization import find_codes, is_fusable
+
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +52,8 @@ def nearest_codes(vectors: torch.Tensor, codebooks: torch.Tensor, training: bool
         vectors, codebooks = vectors.float().contiguous(), codebooks.detach().float()
         if is_exporting():
             return _plain_search(vectors, codebooks)
-        if vectors.is_cuda and torch.compiler.is_compiling() and codebooks.shape[-1] <= _MAX_FUSED_DIMENSION:
-            return _nearest(vectors, codebooks)
+        if is_fusable(vectors, codebooks):
+            return find_codes(vectors.flatten(1, 2), codebooks)
         return _search(vectors, codebooks, training)
 
 
@@ -79,7 +81,12 @@ def _choose_search(vectors: torch.Tensor, codebooks: torch.Tensor, training: boo
     if dimension == 1:
         return _sorted_search
     key = _key(vectors, codebooks)
-    if dimension > _MAX_FUSED_DIMENSION or torch._dynamo.config.disable or key in _failed_to_compile:
+    if (
+        vectors.is_cuda
+        or dimension > _MAX_FUSED_DIMENSION
+        or torch._dynamo.config.disable
+        or key in _failed_to_compile
+    ):
         return _product_search
     distances = vectors[:, :, 0].numel() * codebooks.shape[1]
     _distances_so_far[key] += distances
@@ -162,11 +169,6 @@ def _indices(codebooks: torch.Tensor) -> torch.Tensor:
     return torch.arange(codebooks.shape[1], device=codebooks.device, dtype=torch.int32)
 
 
-def _nearest(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
-    """One reduction on a GPU. On a CPU its 64-bit indices vectorise badly."""
-    return _squared_distances(vectors, codebooks).argmin(-1)
-
-
 @functools.cache
 def _compiled(function: Callable) -> Callable:
     # With `fullgraph`, too many shapes raise an error; without, torch would run the function as it stands and store
@@ -175,22 +177,17 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _compiled_search(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
-    """One kernel on a GPU, two on a CPU, whatever S; falls back to the product where torch cannot compile."""
+    """Two kernels, whatever S; falls back to the product where torch cannot compile."""
     try:
         # The limit is for functions that are recompiled by accident; here every shape of codebooks is one compilation.
         with torch._dynamo.config.patch(recompile_limit=256):
-            return _search_on_gpu(vectors, codebooks) if vectors.is_cuda else _search_on_cpu(vectors, codebooks)
+            return _search_on_cpu(vectors, codebooks)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, say: torch.compile's errors have no common class
         _failed_to_compile.add(_key(vectors, codebooks))
         logger.warning("torch.compile failed, so the codebook search stays slower here: %s", error)
         return _product_search(vectors, codebooks)
-
-
-def _search_on_gpu(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
-    torch._dynamo.mark_static(codebooks)
-    return _compiled(_nearest)(vectors, codebooks)
 
 
 def _search_on_cpu(vectors: torch.Tensor, codebooks: torch.Tensor) -> torch.LongTensor:
