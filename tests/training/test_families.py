@@ -149,6 +149,20 @@ def test_an_adapter_is_trained_that_our_pipelines_load(family, workspace):
     assert np.abs(paint(pipeline) - before).max() > 1e-4
 
 
+@by_family
+def test_captions_that_are_encoded_once_train_the_same(family, workspace):
+    extra = ("--proportion_empty_prompts", 0.5, "--dataloader_num_workers", 1, "--validation_steps", 1)
+    extra += ("--validation_prompts", "a leaf")
+    trained = []
+    for name, flags in (("each", ()), ("once", ("--cache_text_states", "--offload"))):
+        output = f"{family.__name__}-{name}"
+        result = adapt(workspace, family, output, *extra, *flags, stages="32:2:1e-3:all")
+        trained.append(weights(family, workspace / output))
+    assert "4 captions are encoded: 0.00 GiB" in result.stdout
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, atol=1e-4, rtol=1e-3)
+
+
 def test_adapted_pipelines_are_pushed_and_paint_the_same_in_another_process(adapted, tmp_path):
     expected = {}
     for family in SOURCES:
@@ -245,6 +259,7 @@ def test_checkpoints_that_hold_text_encoders_which_are_not_trained_still_load():
             ("--lora_rank", 2, "--lora_target_modules", "to_z"),
             "no layer of the denoiser is called 'to_z'",
         ),
+        (StableDiffusionXL, ("--cache_text_states", "--streaming"), "--cache_text_states needs to know all captions"),
         (StableDiffusionXL, ("--lora_alpha", 2), "--lora_alpha needs --lora_rank"),
         (StableDiffusionXL, ("--weighting_scheme", "none"), "--weighting_scheme is of flow matching: leave it out"),
         (

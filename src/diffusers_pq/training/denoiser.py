@@ -30,7 +30,7 @@ from ..data.loaders import build_train_loader, change_data, first_batches
 from ..data.pictures import ConditionedCrops, Crops, usable_rows
 from ..models.class_conditioning import predict
 from ..models.widening import outer_layers
-from .families import Family
+from .families import EncodedCaptions, Family
 from .noise import denoising_loss
 from .optimizers import build_optimizer
 from .options import (
@@ -173,6 +173,7 @@ class ConditionalDenoiser(nn.Module):
     ):
         super().__init__()
         self.family, self.offload = family, offload
+        self.captions: EncodedCaptions | None = None
         self._outer = tuple(f"{layer}." for layer in outer_layers(denoiser))
         setattr(self, family.denoiser_name, denoiser)
         trained = {*family.text_encoders} - {*family.optional_text_encoders} if train_text_encoders else {}
@@ -195,10 +196,13 @@ class ConditionalDenoiser(nn.Module):
         The prediction for noisy latents, both `[B, d, h, w]`, at timesteps `[B]`.
 
         Args:
-            condition (`dict`): `tokens`, see [`Family.tokenize`], or `states`, see [`Family.encode`]; and `sizes`
-                where the family takes them.
+            condition (`dict`): `tokens`, see [`Family.tokenize`], or `caption`, numbers of captions that have been
+                encoded before; and `sizes` where the family takes them.
         """
-        states = condition["states"] if "states" in condition else self.encode(condition["tokens"], noisy.device)
+        if "caption" in condition:
+            states = self.captions.of(condition["caption"])
+        else:
+            states = self.encode(condition["tokens"], noisy.device)
         states = {name: value.to(noisy.dtype) for name, value in states.items()}
         return self.family.predict(self.denoiser, noisy, timesteps, states, condition.get("sizes"))
 
@@ -378,7 +382,7 @@ class DenoisingValidation:
         denoiser.eval()
         remaining = self.count
         for batch in self.loader:
-            latents = scale_latents(self.vae, encode_latents(self.vae, batch["pixel_values"]))
+            latents = scale_latents(self.vae, _latents_of(self.vae, batch, device))
             condition = send_to_device(batch["condition"], device)
             weights = {"channel_weights": self.channel_weights}
             losses = denoising_loss(denoiser, self.scheduler, latents, condition, **weights, generator=generator)
@@ -418,6 +422,7 @@ class DenoiserTask:
         weighting_scheme (`str`): See [`draw_timesteps`].
         with_sizes (`bool`): Whether conditions hold sizes, see [`ConditionedCrops`].
         parts (`dict[str, nn.Module]`): That a dry run counts, by name.
+        offloaded (`tuple[nn.Module, ...]`): What waits on the CPU and is fetched to paint.
     """
 
     denoiser: nn.Module
@@ -433,6 +438,7 @@ class DenoiserTask:
     weighting_scheme: str = "none"
     with_sizes: bool = False
     parts: dict[str, nn.Module] = field(default_factory=dict)
+    offloaded: tuple[nn.Module, ...] = ()
 
 
 def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: TrainingRun, task: DenoiserTask):
@@ -453,9 +459,10 @@ def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: Trai
         raise ValueError(
             "--snr_gamma leaves the last timestep of --rescale_betas_zero_snr untrained: give one of them."
         )
-    task.vae.to(accelerator.device)
+    if not options.optim.offload:
+        task.vae.to(accelerator.device)
     if run.checkpoint is None and data.num_statistics_images:
-        _measure_statistics(options, task)
+        _measure_statistics(options, accelerator, task)
     if options.optim.num_train_epochs is not None:
         rows, _ = load_training_data(data, task, task.stages[-1].resolution)
         count_steps(options.optim, rows, options.optim.train_batch_size, accelerator)
@@ -543,20 +550,22 @@ def paint_each(model: nn.Module, pipeline: Callable, inputs: list, seed: int) ->
     return (images * 255).round().to(torch.uint8).cpu()
 
 
-def _latents_of(vae: nn.Module, batch: dict) -> torch.Tensor:
-    """Unscaled latents of a batch of pictures or of cached codes."""
+def _latents_of(vae: nn.Module, batch: dict, device: torch.device) -> torch.Tensor:
+    """Unscaled latents of a batch of pictures or of cached codes; an autoencoder that waits elsewhere is fetched."""
     if "codes" in batch:
-        return vae.quantizer.lookup(batch["codes"].to(vae.device))
-    return encode_latents(vae, batch["pixel_values"])
+        return vae.quantizer.lookup(batch["codes"].to(vae.device)).to(device)
+    with offload_models(vae, device=device, offload=vae.device.type != device.type):
+        return encode_latents(vae, batch["pixel_values"])
 
 
-def _measure_statistics(options, task):
+def _measure_statistics(options, accelerator, task):
     """Of the run's first pictures, at the resolution of the last stage."""
     data, optim = options.data, options.optim
     rows, transform = load_training_data(data, task, task.stages[-1].resolution)
     batches = first_batches(rows, transform, optim.train_batch_size, None, optim.seed, data.shuffle_buffer)
     count = math.ceil(data.num_statistics_images / optim.train_batch_size)
-    set_latent_statistics(task.vae, (_latents_of(task.vae, batch) for batch in islice(batches, count)))
+    device = accelerator.device
+    set_latent_statistics(task.vae, (_latents_of(task.vae, batch, device) for batch in islice(batches, count)))
 
 
 def _build_trainer(options, accelerator, task) -> DenoiserTrainer:
@@ -639,7 +648,7 @@ def _take_step(trainer, vae, batches) -> dict[str, torch.Tensor]:
     def learn():
         batch = next(batches)
         # Not in mixed precision: the latents are those that `encode_dataset.py` writes.
-        latents = scale_latents(vae, _latents_of(vae, batch))
+        latents = scale_latents(vae, _latents_of(vae, batch, trainer.accelerator.device))
         return trainer.step(latents, send_to_device(batch["condition"], latents.device))
 
     return complete_step(learn)
@@ -654,4 +663,5 @@ def _validate(run, trainer, task, validation):
             run.log_scores(scores)
             run.keep_if_best(partial(task.save, trainer), scores)
         if task.paint is not None and run.accelerator.is_main_process:
-            run.log_images(task.paint(), images_per_row=4)
+            with offload_models(*task.offloaded, device=run.accelerator.device, offload=bool(task.offloaded)):
+                run.log_images(task.paint(), images_per_row=4)

@@ -1,10 +1,12 @@
 """What the adaptation of a text-to-image pipeline needs to know of its family: a class for each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 import torch.nn as nn
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch.utils.data import default_collate
 
 from ..pipelines.pipeline_stable_diffusion_3_pq import StableDiffusion3PQPipeline
 from ..pipelines.pipeline_stable_diffusion_pq import StableDiffusionPQPipeline
@@ -174,6 +176,51 @@ class StableDiffusion3(Family):
     def predict(self, denoiser, noisy, timesteps, states, sizes=None):
         text = {"encoder_hidden_states": states["prompt"], "pooled_projections": states["pooled"]}
         return denoiser(hidden_states=noisy, timestep=timesteps, **text).sample
+
+
+class EncodedCaptions:
+    """
+    Captions that are encoded once, their states kept in the CPU's memory.
+
+    Args:
+        captions (iterable of `str`): May repeat each other.
+        encode: Makes states of a batch of token ids, see [`Family.tokenize`] and [`Family.encode`].
+        family ([`Family`])
+        dtype (`torch.dtype`): Of the states that are kept.
+        batch_size (`int`): Captions that are encoded together.
+    """
+
+    def __init__(
+        self,
+        captions: Iterable[str],
+        encode: Callable[[dict], dict],
+        family: Family,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ):
+        self.numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+        texts, batches = list(self.numbers), []
+        for start in range(0, len(texts), batch_size):
+            tokens = default_collate([family.tokenize(caption) for caption in texts[start : start + batch_size]])
+            batches.append({name: value.to("cpu", dtype) for name, value in encode(tokens).items()})
+        self.states = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in self.states.values())
+
+    @property
+    def condition(self) -> Callable[[str], dict]:
+        """As [`Family.condition`]; holds no states, so that it is cheap to send to the workers of a loader."""
+        return partial(_caption_number, self.numbers)
+
+    def of(self, numbers: torch.LongTensor) -> dict[str, torch.Tensor]:
+        """The states of a batch of captions `[B]`, on the device of their numbers."""
+        return {name: value[numbers.cpu()].to(numbers.device) for name, value in self.states.items()}
+
+
+def _caption_number(numbers: dict[str, int], caption: str) -> dict[str, torch.Tensor]:
+    return {"caption": torch.tensor(numbers[caption])}
 
 
 FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3)

@@ -215,6 +215,11 @@ class DenoiserOptimisationOptions(OptimisationOptions):
     """Optimiser, precision and accumulation of a denoiser."""
 
     adam_weight_decay: float = flag(1e-2, "weight decay of AdamW", minimum=0)
+    offload: bool = flag(
+        False,
+        "let the autoencoder and text encoders that are not trained wait on the CPU until they are needed",
+        differs="between machines",
+    )
     max_grad_norm: float | None = with_default(OptimisationOptions, "max_grad_norm", 1.0)
 
 

@@ -1,22 +1,25 @@
 """Stable Diffusion on the latents of any autoencoder: its adaptation (section 4.5), and untrained pipelines."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import ClassVar
 
 import diffusers
 import torch
 import torch.nn as nn
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, send_to_device
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import offload_models
 from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..autoencoders import downsampling_factor, load_autoencoder
 from ..data.conditions import Prompts, caption_texts
+from ..data.latent_cache import load_cached_codes
 from ..files import folder_or_hub
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
@@ -33,12 +36,21 @@ from .denoiser import (
     saved_autoencoder,
     train_denoiser,
 )
-from .families import find_family
+from .families import EncodedCaptions, find_family
 from .noise import adapt_schedule, latent_shift
 from .options import DenoiserDataOptions, DenoiserOptimisationOptions, DenoiserRunOptions, NoiseOptions
-from .run import TrainingRun, create_accelerator, load_validation_split, prepare_model, whole_module
+from .run import (
+    TrainingRun,
+    create_accelerator,
+    load_train_split,
+    load_validation_split,
+    prepare_model,
+    whole_module,
+)
 from .uploads import BestModel
 
+
+logger = logging.getLogger(__name__)
 
 _PREVIEWS = 4  # captions whose pictures are logged
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -146,6 +158,16 @@ class CaptionedDataOptions(DenoiserDataOptions):
     proportion_empty_prompts: float = flag(
         0.1, "captions left out, for classifier-free guidance", minimum=0, maximum=1
     )
+    cache_text_states: bool = flag(
+        False,
+        "encode each caption once, before the training, and keep the states in the CPU's memory",
+        differs="between machines",
+    )
+
+    def check(self):
+        super().check()
+        if self.cache_text_states and self.streaming:
+            raise ValueError("--cache_text_states needs to know all captions: leave out --streaming")
 
 
 @dataclass(kw_only=True)
@@ -210,6 +232,8 @@ class AdaptationOptions(DenoiserOptions):
     run: AdaptationRunOptions
 
     def check(self):
+        if self.data.cache_text_states and self.model.train_text_encoder:
+            raise ValueError("--cache_text_states is for text encoders that stay as they are: no --train_text_encoder")
         if self.model.lora_rank and self.run.guidance_scale is not None:
             raise ValueError("--guidance_scale cannot be saved with the adapter of --lora_rank: leave it out")
 
@@ -338,8 +362,14 @@ def _build_task(options, accelerator, family, pipeline):
     data, optim, prompts = options.data, options.optim, _validation_prompts(options, accelerator)
     denoiser = getattr(pipeline, family.denoiser_name)
     text_encoders = {name: getattr(pipeline, name) for name in family.tokenizers}
-    conditional = ConditionalDenoiser(family, denoiser, text_encoders, options.model.train_text_encoder)
-    for encoder in conditional.frozen_text_encoders.values():
+    trains_text = options.model.train_text_encoder
+    conditional = ConditionalDenoiser(family, denoiser, text_encoders, trains_text, optim.offload)
+    frozen, condition = tuple(conditional.frozen_text_encoders.values()), family.condition
+    if data.cache_text_states:
+        conditional.captions = _encode_captions(options, accelerator, family, conditional, pipeline.vae)
+        condition = conditional.captions.condition
+    waits = optim.offload or data.cache_text_states
+    for encoder in () if waits else frozen:
         encoder.to(accelerator.device)
     return DenoiserTask(
         denoiser=conditional,
@@ -347,15 +377,39 @@ def _build_task(options, accelerator, family, pipeline):
         scheduler=pipeline.scheduler,
         stages=optim.stages,
         condition_column=data.caption_column,
-        condition=Prompts(data.caption_column, family.condition, data.proportion_empty_prompts),
-        validation_condition=Prompts(data.caption_column, family.condition),
+        condition=Prompts(data.caption_column, condition, data.proportion_empty_prompts),
+        validation_condition=Prompts(data.caption_column, condition),
         save=partial(_save_pipeline, pipeline, bool(options.model.lora_rank)),
         paint=partial(paint_each, denoiser, pipeline, prompts, optim.seed) if prompts else None,
         start_stage=lambda denoiser, stage: denoiser.train_only(stage.trained),
         weighting_scheme=options.noise.weighting_scheme or family.weighting_scheme,
         with_sizes=family.takes_sizes,
         parts={family.denoiser_name: denoiser, **text_encoders, "vae": pipeline.vae},
+        offloaded=(frozen if waits else ()) + ((pipeline.vae,) if optim.offload else ()),
     )
+
+
+def _encode_captions(options, accelerator, family, conditional, vae) -> EncodedCaptions:
+    """All captions of the data, and the empty one."""
+    data, device = options.data, accelerator.device
+    column = data.caption_column
+    if data.latents_dir:
+        rows, _ = load_cached_codes(data.latents_dir, options.optim.stages[0].resolution, vae, None, data.cache_dir)
+    else:
+        rows = load_train_split(data, column)
+    values = chain(rows[column], (row[column] for row in load_validation_split(data, column) or ()))
+    captions = [text for value in values for text in caption_texts(value, column)]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+    @torch.no_grad()
+    def encode(tokens):
+        with accelerator.autocast():
+            return family.encode(conditional.frozen_text_encoders, send_to_device(tokens, device))
+
+    with offload_models(*conditional.frozen_text_encoders.values(), device=device):
+        encoded = EncodedCaptions([*captions, ""], encode, family, dtype)
+    logger.info("%d captions are encoded: %.2f GiB", len(encoded.numbers), encoded.nbytes / 2**30)
+    return encoded
 
 
 def _validation_prompts(options, accelerator) -> list[str]:
