@@ -2,9 +2,10 @@
 """The bottlenecks of Table 1 (VQ, multi-channel, residual, scalar, FSQ, KL, none, PQ) on one backbone, with the same
 data, crops, start and steps.
 
-    python experiments/quantizer_comparison.py          # some 90 minutes on one core; goes on where it was interrupted
+    python experiments/quantizer_comparison.py          # 5 hours on one core; goes on where it was interrupted
 
-In two processes at a time (45 minutes on 2 cores, with OMP_NUM_THREADS=1), into one table:
+Each is trained from three seeds (`--seeds`), and the table gives mean and spread. In two processes at a time, with
+OMP_NUM_THREADS=1, into one table:
 
     python experiments/quantizer_comparison.py --bottlenecks vq multi_channel residual scalar &
     python experiments/quantizer_comparison.py --bottlenecks fsq kl none pq
@@ -18,12 +19,14 @@ steps). So on GPUs, with the paper's losses:
 
 Several processes end with each training, since their group does: start them again to evaluate it and to go on.
 
-Every trained model is evaluated on the `validation` split and on the held-out photographs. Writes
-quantizer_comparison.json and .md.
+Every trained model is evaluated on the `validation` split, on the six photographs, by which choices were made, and
+with `--test_dir` on the test photographs of `diffusers-pq prepare-test-set`. Writes quantizer_comparison.json and .md.
 """
 
 import argparse
 import datetime
+import itertools
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +35,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from bottlenecks import BOTTLENECKS, create_bottleneck, fit_quantizer, load_bottleneck
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from spread import markdown_table, mean_and_spread
 
 from diffusers_pq import PQModel
 from diffusers_pq.console import one_line_errors
@@ -42,7 +46,7 @@ from diffusers_pq.evaluation.reconstruction import (
 )
 from diffusers_pq.files import read_json, write_json, write_text
 from diffusers_pq.flags import parse, trained_unlike, unlike
-from diffusers_pq.images import to_tensor, to_uint8
+from diffusers_pq.images import load_image, to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import load_metrics
 from diffusers_pq.photographs import load_photographs
@@ -57,10 +61,13 @@ RECIPE = ("--config", str(ROOT / "training_scripts" / "recipes" / "pqgan-mini.ya
 RECIPE += ("--weight_init", "pca_rotated")  # no bottleneck is favoured
 # Six pictures are too few for the distances between distributions.
 PHOTOGRAPH_METRICS = ("psnr", "psnr_pooled", "ssim", "lpips_alex")
-OWN_SETTINGS = ("vq_codebook_size", "eval_resolution", "max_eval_samples", "model_config")
+OWN_SETTINGS = ("vq_codebook_size", "eval_resolution", "max_eval_samples", "test_dir", "model_config")
 # Flags that not all bottlenecks know.
 NOT_FOR_ALL = ("codebook_distance", "gradient_estimator", "codebook_ema_decay", "reseed_dead_entries")
 NOT_FOR_ALL += ("quantize_from_step", "backbone_name_or_path", "pretrained_model_name_or_path")
+# part of a result -> what its columns are called
+PARTS = {"photographs": "photographs", "test": "test photographs", "validation": "validation"}
+CODEBOOKS = ("num_subspaces", "codebook_size")
 COLUMNS = {
     "psnr": ("PSNR", ".2f"),
     "psnr_pooled": ("PSNR, pooled", ".2f"),
@@ -82,6 +89,8 @@ def parse_args(argv=None):
         default=str(ROOT / "model_cards" / "pqgan-mini-f8-pq" / "config.json"),
         help="config.json of a PQModel, which gives backbone, d, S and K",
     )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--test_dir", type=Path, help="what `diffusers-pq prepare-test-set` wrote")
     parser.add_argument("--vq_codebook_size", type=int, default=1024, help="K of the vector quantiser")
     parser.add_argument("--eval_resolution", type=int, default=256, help="side of the validation pictures' crops")
     parser.add_argument("--max_eval_samples", type=int, help="only the first validation pictures")
@@ -132,28 +141,38 @@ def evaluate_validation(accelerator, model, args, options):
     return {"pictures": pictures, "scores": scores, "unavailable": unavailable}
 
 
-def evaluate_photographs(model):
+def test_photographs(folder):
+    paths = sorted(Path(folder, "test").glob("*.png"))
+    if not paths:
+        raise FileNotFoundError(
+            f"--test_dir {folder} holds no test photographs; `diffusers-pq prepare-test-set` makes them."
+        )
+    return [load_image(path) for path in paths]
+
+
+def evaluate_photographs(model, photographs):
     metrics, unavailable = load_metrics(PHOTOGRAPH_METRICS)
     metrics.to(model.device)
-    for original in load_photographs().values():
+    for original in photographs:
         reconstructed = reconstruct_picture(model, original).picture
         metrics.update(*(to_uint8(to_tensor(p))[None].to(model.device) for p in (reconstructed, original)))
     scores = {name: float(score) for name, score in metrics.compute().items()}
-    return {"pictures": len(load_photographs()), "scores": scores, "unavailable": unavailable}
+    return {"pictures": len(photographs), "scores": scores, "unavailable": unavailable}
 
 
 def check_trained_alike(found, wanted, folder):
     """Raise a `ValueError` if another bottleneck was trained or evaluated otherwise."""
-    differing = trained_unlike(pqgan.PQGANOptions, found, wanted, between_machines=False)
+    differing = trained_unlike(pqgan.PQGANOptions, found, wanted, between_machines=False, own=("seed",))
     differing |= unlike(found, wanted, OWN_SETTINGS)
     if differing:
         listed = ", ".join(f"{name} {there!r} there, {here!r} now" for name, (there, here) in differing.items())
         raise ValueError(f"{folder} was trained or evaluated otherwise: {listed}. Choose another --runs_dir.")
 
 
-def run_bottleneck(name, config, args):
-    folder = args.runs_dir / name
+def run_bottleneck(name, seed, config, args):
+    folder = args.runs_dir / f"seed{seed}" / name
     flags = [*args.flags, "--model_config_name_or_path", args.model_config, "--output_dir", str(folder)]
+    flags += ["--seed", str(seed)]
     options = pqgan.PQGANOptions.of(parse(pqgan.PQGANOptions, flags))
     usual = pqgan.PQGANOptions.of({"model_config_name_or_path": args.model_config})
     if given := list(unlike(usual.settings(), options.settings(), NOT_FOR_ALL)):
@@ -162,8 +181,9 @@ def run_bottleneck(name, config, args):
     settings = options.settings() | {
         key: getattr(args, key) for key in ("vq_codebook_size", "eval_resolution", "max_eval_samples")
     }
+    settings["test_dir"] = None if args.test_dir is None else str(args.test_dir)
     settings["model_config"] = {key: value for key, value in config.items() if not key.startswith("_")}
-    for path in args.runs_dir.glob("*/settings.json"):
+    for path in args.runs_dir.glob("seed*/*/settings.json"):
         check_trained_alike(read_json(path), settings, path.parent)
     if (folder / "results.json").is_file():
         return
@@ -179,7 +199,8 @@ def run_bottleneck(name, config, args):
         "name": name,
         "latents": describe_latents(model, args.eval_resolution),
         "validation": evaluate_validation(accelerator, model, args, options),
-        "photographs": evaluate_photographs(model),
+        "photographs": evaluate_photographs(model, list(load_photographs().values())),
+        **({} if args.test_dir is None else {"test": evaluate_photographs(model, test_photographs(args.test_dir))}),
         "settings": settings,
         "date": datetime.date.today().isoformat(),
         "machine": describe_machine(accelerator.device.type),
@@ -190,61 +211,61 @@ def run_bottleneck(name, config, args):
 
 
 def read_results(runs_dir):
-    """Of all finished runs, those of other processes included, in the order of `BOTTLENECKS`."""
-    paths = (runs_dir / name / "results.json" for name in BOTTLENECKS)
-    return [read_json(path) for path in paths if path.is_file()]
+    """Of all finished runs, those of other processes included, in the order of `BOTTLENECKS`, then of the seeds."""
+    paths = (path for name in BOTTLENECKS for path in sorted(runs_dir.glob(f"seed*/{name}/results.json")))
+    return [read_json(path) for path in paths]
 
 
-def cell(scores, key, spec):
-    return format(scores[key], spec) if key in scores else "-"
-
-
-def markdown_table(results):
-    settings = results[0]["settings"]
-    data = Path(settings["dataset_name"] or settings["train_data_dir"]).name
-    batch = settings["total_batch_size"] or settings["train_batch_size"]
-    names = [name for name in COLUMNS if any(name in result["validation"]["scores"] for result in results)]
-    photo_names = [name for name in names if name in PHOTOGRAPH_METRICS]
+def results_table(results):
+    """Markdown: a row for each bottleneck, with mean and spread over its seeds, and how it was measured."""
+    parts = [part for part in PARTS if part in results[0]]
+    columns = [
+        (part, name) for part in parts for name in COLUMNS if any(name in result[part]["scores"] for result in results)
+    ]
     head = ["bottleneck", "d", "S", "K", "bits per latent pixel", "bits per pixel"]
-    head += [f"photographs: {COLUMNS[name][0]}" for name in photo_names]
-    head += [f"validation: {COLUMNS[name][0]}" for name in names]
-    lines = [head, ["---"] * len(head)]
-    for result in results:
-        latents, scores = result["latents"], result["validation"]["scores"]
-        line = [BOTTLENECKS[result["name"]], latents["latent_channels"]]
-        line += [latents.get("num_subspaces", "-"), latents.get("codebook_size", "-")]
+    head += [f"{PARTS[part]}: {COLUMNS[name][0]}" for part, name in columns]
+    lines = []
+    for name in dict.fromkeys(result["name"] for result in results):
+        runs = [result for result in results if result["name"] == name]
+        latents = runs[0]["latents"]
         bits = latents["bits_per_pixel"]
+        line = [BOTTLENECKS[name], latents["latent_channels"], *(latents.get(key, "-") for key in CODEBOOKS)]
         line += [f"{bits * latents['downsampling_factor'] ** 2:g}", f"{bits:.3g}"]
-        line += [cell(result["photographs"]["scores"], name, COLUMNS[name][1]) for name in photo_names]
-        line += [cell(scores, name, COLUMNS[name][1]) for name in names]
-        lines.append([str(entry) for entry in line])
-    first = results[0]
+        for part, score in columns:
+            values = [run[part]["scores"].get(score, math.nan) for run in runs]
+            line.append(mean_and_spread(values, COLUMNS[score][1]))
+        lines.append(line)
     wanted = {name: weights for result in results for name, weights in result["validation"]["unavailable"].items()}
-    return "\n".join(
-        [
-            f"`experiments/quantizer_comparison.py`, {max(result['date'] for result in results)}, {first['machine']}: "
-            f"{settings['max_train_steps']} steps of {batch} crops of "
-            f"{settings['resolution']} px of {data} for each; means over {first['photographs']['pictures']} whole "
-            f"photographs that were never trained on and {first['validation']['pictures']} validation pictures of "
-            f"{settings['eval_resolution']} px.",
-            "",
-            *(f"| {' | '.join(line)} |" for line in lines),
-            "",
-            *(f"- Unavailable: {name}, which needs {weights}" for name, weights in wanted.items()),
-        ]
+    unavailable = [f"- Unavailable: {name}, which needs {weights}" for name, weights in wanted.items()]
+    return "\n".join([_conditions(results), "", markdown_table(head, lines), "", *unavailable]).rstrip() + "\n"
+
+
+def _conditions(results):
+    first, settings = results[0], results[0]["settings"]
+    data = Path(settings["dataset_name"] or settings["train_data_dir"]).name
+    batch = settings.get("total_batch_size") or settings["train_batch_size"]
+    seeds = {result["settings"]["seed"] for result in results}
+    runs = f"{len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else "one seed"
+    test = f", {first['test']['pictures']} test photographs" if "test" in first else ""
+    return (
+        f"`experiments/quantizer_comparison.py`, {max(result['date'] for result in results)}, {first['machine']}: "
+        f"{settings['max_train_steps']} steps of {batch} crops of {settings['resolution']} px of {data} for each, "
+        f"start `{settings['weight_init']}`, {runs}; means over {first['photographs']['pictures']} whole photographs "
+        f"that were never trained on{test} and {first['validation']['pictures']} validation pictures of "
+        f"{settings['eval_resolution']} px."
     )
 
 
 def main(args):
     config = read_json(args.model_config)
-    for name in args.bottlenecks:
-        run_bottleneck(name, config, args)
+    for seed, name in itertools.product(args.seeds, args.bottlenecks):
+        run_bottleneck(name, seed, config, args)
         if PartialState().is_main_process:
             results = read_results(args.runs_dir)
             write_json(args.output_dir / "quantizer_comparison.json", results)
-            write_text(args.output_dir / "quantizer_comparison.md", markdown_table(results).rstrip() + "\n")
+            write_text(args.output_dir / "quantizer_comparison.md", results_table(results))
     if PartialState().is_main_process:
-        print(markdown_table(results))
+        print(results_table(results))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import PIL
 import torch
 from PIL import Image, features
+from spread import markdown_table
 from tqdm import tqdm
 
 from diffusers_pq.autoencoders import load_autoencoder
@@ -41,6 +42,7 @@ from diffusers_pq.reconstruction import codebook_shape, reconstruct_picture
 CODECS = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {"speed": 6}}
 QUALITIES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
 MEASURES = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
+HEAD = ("", "bits per pixel", "PSNR (dB)", "PSNR, pooled (dB)", "SSIM")
 
 
 def parse_args(argv=None):
@@ -113,14 +115,29 @@ def is_available(codec):
     return codec == "JPEG" or features.check(codec.lower())
 
 
-def markdown_table(record):
-    lines = ["| | bits per pixel | PSNR (dB) | PSNR, pooled (dB) | SSIM |", "|---|---|---|---|---|"]
+def all_points(record):
+    """Markdown: every model and every quality of the codecs."""
     rows = [(Path(path).name, row) for path, row in record["models"].items()]
     rows += [(f"{name} {row['quality']}", row) for name, codec in record["codecs"].items() for row in codec]
-    for name, row in rows:
-        scores = f"{row['psnr']:.2f} | {row['psnr_pooled']:.2f} | {row['ssim']:.3f}"
-        lines.append(f"| {name} | {row['bits_per_pixel']:.3f} | {scores} |")
-    return "\n".join(lines)
+    return markdown_table(HEAD, [line(name, row) for name, row in rows])
+
+
+def at_equal_quality(record):
+    """Markdown: every model, and of each codec the smallest files that are at least as good by their PSNR."""
+    lines = []
+    for path, model in record["models"].items():
+        lines.append(line(f"`{Path(path).name}`", model))
+        for name, codec in record["codecs"].items():
+            as_good = [row for row in codec if row["psnr"] >= model["psnr"]]
+            if as_good:
+                row = min(as_good, key=lambda row: row["bits_per_pixel"])
+                lines.append(line(f"{name}, quality {row['quality']}", row))
+    return markdown_table(HEAD, lines)
+
+
+def line(name, row):
+    pooled = f"{row['psnr_pooled']:.2f}" if "psnr_pooled" in row else "-"
+    return [name, f"{row['bits_per_pixel']:.3f}", f"{row['psnr']:.2f}", pooled, f"{row['ssim']:.3f}"]
 
 
 def draw(record, path):
@@ -161,7 +178,7 @@ def main(args):
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "rate_distortion.json").write_text(json.dumps(record, indent=2) + "\n")
     draw(record, args.output_dir / "rate_distortion.png")
-    print(markdown_table(record))
+    print(all_points(record))
     for name, reason in record["unavailable"].items():
         print(f"{name}: unavailable, {reason}")
     print(f"Plot: {args.output_dir / 'rate_distortion.png'}")

@@ -1,7 +1,8 @@
 """What a sweep found: the paper's findings checked (section 4), and its figures in the paper's form (3, 5 and 6)."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
+from spread import markdown_table, mean_and_spread
 
 from diffusers_pq.evaluation.reconstruction import RESULTS_FILE
 from diffusers_pq.files import read_json, replacing
@@ -33,6 +35,8 @@ _AXES = {
 }
 _QUALITY = ("rfid", "psnr", "ssim", "cmmd", "lpips_alex", "lpips_vgg", "fd_efficientnet_lite0")
 _LATENTS = {"d": "latent_channels", "S": "num_subspaces", "K": "codebook_size", "bits_per_pixel": "bits_per_pixel"}
+# column -> title of its table, format
+_TABLES = {"psnr": ("PSNR (dB)", ".2f"), "psnr_pooled": ("PSNR, pooled (dB)", ".2f"), "H_n": ("H_n", ".3f")}
 _VQ = "1"  # the row of S = 1 in a table
 _NEEDED = (_VQ, "d/4", "d/2", "d")
 
@@ -62,18 +66,43 @@ def read_sweep(output_dir: str | os.PathLike, evaluation: str | None = None) -> 
     return pd.DataFrame(rows).sort_values(["d", "S", "K"], ignore_index=True), results
 
 
+def read_sweeps(output_dirs: Sequence[str | os.PathLike], evaluation: str | None = None) -> tuple[pd.DataFrame, list]:
+    """As [`read_sweep`], of sweeps that differ in their seed; the column `run` numbers them."""
+    sweeps = [read_sweep(folder, evaluation) for folder in output_dirs]
+    rows = [rows.assign(run=number) for number, (rows, _) in enumerate(sweeps)]
+    return pd.concat(rows, ignore_index=True), [result for _, results in sweeps for result in results]
+
+
+def runs_of(results: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of each run."""
+    return [rows for _, rows in results.groupby("run")] if "run" in results else [results]
+
+
+def mean_of_runs(results: pd.DataFrame) -> pd.DataFrame:
+    """Means over the runs, a row for each configuration."""
+    return results.drop(columns="run", errors="ignore").groupby(["d", "S", "K"], as_index=False).mean()
+
+
 @dataclass(frozen=True)
 class Finding:
     """
     Args:
         text (`str`): What the paper found.
-        seen (`bool`): Whether these results show it, too.
-        numbers (`str`): What that is based on.
+        seen (`bool`): Whether these results show it, too: in every run, if there are several.
+        numbers (`str`): What that is based on, means over the runs.
+        seen_in (`tuple[int, int]`): In how many runs it is seen, of how many.
     """
 
     text: str
     seen: bool
     numbers: str
+    seen_in: tuple[int, int] | None = None
+
+    @property
+    def verdict(self) -> str:
+        """`yes` or `no`, if all runs agree."""
+        count, runs = self.seen_in or (int(self.seen), 1)
+        return {0: "no", runs: "yes"}.get(count, f"in {count} of {runs} runs")
 
 
 def by_share(results: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -100,9 +129,19 @@ def explained(results: pd.DataFrame, column: str, factor: str) -> float:
     return float(means.var(ddof=0) / results[column].var(ddof=0))
 
 
+def judge(results: pd.DataFrame) -> list[Finding]:
+    """[`check_findings`] of every run, and the numbers of their mean: a finding is seen if every run shows it."""
+    runs = [check_findings(rows) for rows in runs_of(results)]
+    judged = []
+    for mean, *of_runs in zip(check_findings(mean_of_runs(results)), *runs):
+        count = sum(bool(finding.seen) for finding in of_runs)
+        judged.append(replace(mean, seen=count == len(of_runs), seen_in=(count, len(of_runs))))
+    return judged
+
+
 def check_findings(results: pd.DataFrame) -> list[Finding]:
     """
-    The findings of sections 4.2 and 4.3, judged by PSNR, H_n and P_n.
+    The findings of sections 4.2 and 4.3 in one run, judged by PSNR, H_n and P_n.
 
     Args:
         results (`pd.DataFrame`): What [`read_sweep`] returns, with S = 1, d/4, d/2 and d, several d and several K.
@@ -185,19 +224,25 @@ def _listed(values, spec: str, prefix: str = "") -> str:
 
 def report(results: pd.DataFrame, findings: list[Finding]) -> str:
     """Markdown: the findings, and tables of PSNR, pooled PSNR and H_n with their change for twice the d."""
-    lines = ["| finding of the paper | seen here | by |", "|---|---|---|"]
-    lines += [f"| {one.text} | {'yes' if one.seen else 'no'} | {one.numbers} |" for one in findings]
-    for column, spec in (("psnr", ".2f"), ("psnr_pooled", ".2f"), ("H_n", ".3f")):
-        if column not in results:  # evaluated before there was a pooled PSNR
-            continue
-        table = by_share(results, column)
-        slopes = table.apply(slope_per_doubling, axis="columns")
-        lines += ["", f"| {column} | {' | '.join(f'd = {d}' for d in table)} | for twice the d |"]
-        lines += ["|---" * (len(table.columns) + 2) + "|"]
-        for share, row in table.iterrows():
-            cells = ["-" if np.isnan(value) else f"{value:{spec}}" for value in row]
-            lines += [f"| S = {share} | {' | '.join(cells)} | {slopes[share]:+{spec}} |"]
-    return "\n".join(lines) + "\n"
+    lines = [(one.text, one.verdict, one.numbers) for one in findings]
+    tables = [markdown_table(("finding of the paper", "seen here", "by"), lines)]
+    for column, (title, spec) in _TABLES.items():
+        if column in results:  # what was evaluated before there was a pooled PSNR has none
+            tables.append(_table_of_shares(results, column, title, spec))
+    return "\n\n".join(tables) + "\n"
+
+
+def _table_of_shares(results, column, title, spec):
+    """Means over K of each run, and of these the mean and the spread over the runs."""
+    runs = [by_share(rows, column) for rows in runs_of(results)]
+    dimensions = sorted({d for table in runs for d in table})
+    lines = []
+    for share in by_share(mean_of_runs(results), column).index:
+        rows = [table.loc[share] for table in runs if share in table.index]
+        cells = [mean_and_spread([row.get(d, np.nan) for row in rows], spec) for d in dimensions]
+        slopes = mean_and_spread([slope_per_doubling(row) for row in rows], f"+{spec}")
+        lines.append([f"S = {share}", *cells, slopes])
+    return markdown_table([title, *(f"d = {d}" for d in dimensions), "for twice the d"], lines)
 
 
 def draw_quality(results: pd.DataFrame, path: str | os.PathLike):

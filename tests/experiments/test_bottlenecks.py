@@ -1,5 +1,6 @@
 import json
 import math
+import statistics
 import runpy
 from pathlib import Path
 
@@ -132,20 +133,23 @@ def test_the_command_trains_evaluates_and_goes_on_where_it_was(tmp_path, monkeyp
         for number in range(4):
             noise = PIL.Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
             noise.resize((48, 36), PIL.Image.Resampling.BICUBIC).save(tmp_path / "data" / split / f"{number}.png")
+    (tmp_path / "test" / "test").mkdir(parents=True)
+    noise.resize((40, 50)).save(tmp_path / "test" / "test" / "one.png")
     (tmp_path / "config.json").write_text(json.dumps(tiny_config() | {"_class_name": "PQModel"}))
     script = runpy.run_path(str(SCRIPT))
 
-    def run(*bottlenecks, steps=2):
+    def run(*bottlenecks, steps=2, seeds=(0,)):
         flags = ["--train_data_dir", tmp_path / "data", "--cache_dir", tmp_path / "cache", "--resolution", 32]
         flags += ["--train_batch_size", 2, "--max_train_steps", steps, "--perceptual_weight", 0, "--report_to", "none"]
         flags += ["--discriminator_weight", 0, "--weight_init", "pca", "--codebook_init", "kmeans", "--seed", 0]
         own = ["--model_config", tmp_path / "config.json", "--vq_codebook_size", 32, "--eval_resolution", 32]
+        own += ["--seeds", *seeds, "--test_dir", tmp_path / "test"]
         own += ["--runs_dir", tmp_path / "runs", "--output_dir", tmp_path / "out", "--bottlenecks", *bottlenecks]
         script["main"](script["parse_args"]([str(part) for part in (*own, "--", *flags)]))
 
     run("none")
     (first,) = json.loads((tmp_path / "out" / "quantizer_comparison.json").read_text())
-    weights = tmp_path / "runs" / "none" / "diffusion_pytorch_model.safetensors"
+    weights = tmp_path / "runs" / "seed0" / "none" / "diffusion_pytorch_model.safetensors"
     written = weights.stat().st_mtime_ns
     run("none", "fsq")
     assert weights.stat().st_mtime_ns == written
@@ -159,5 +163,13 @@ def test_the_command_trains_evaluates_and_goes_on_where_it_was(tmp_path, monkeyp
     table = (tmp_path / "out" / "quantizer_comparison.md").read_text()
     assert "2 steps of 2 crops of 32 px of data for each" in table and table in capsys.readouterr().out
     assert f"| none | 8 | - | - | 128 | 8 | {first['photographs']['scores']['psnr']:.2f} |" in table
+    run("none", seeds=(0, 1))
+    results = json.loads((tmp_path / "out" / "quantizer_comparison.json").read_text())
+    assert [result["settings"]["seed"] for result in results] == [0, 0, 1]
+    assert all(result["test"]["pictures"] == 1 and math.isfinite(result["test"]["scores"]["psnr"]) for result in results)
+    table = (tmp_path / "out" / "quantizer_comparison.md").read_text()
+    scores = [result["test"]["scores"]["psnr_pooled"] for result in results if result["name"] == "none"]
+    assert f"| {statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} |" in table
+    assert "2 seeds (mean ± standard deviation)" in table and "test photographs: PSNR, pooled" in table
     with pytest.raises(ValueError, match="max_train_steps 2 there, 3 now"):
         run("fsq", steps=3)

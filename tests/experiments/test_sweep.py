@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -23,6 +24,8 @@ from sweep_report import (
     draw_quality,
     draw_utilisation,
     explained,
+    judge,
+    mean_of_runs,
     read_sweep,
     report,
     slope_per_doubling,
@@ -292,6 +295,20 @@ def test_figures_and_report_are_written(tmp_path):
     assert "| S = 1 | 17.00 | 16.00 | 15.00 | 14.00 | -1.00 |" in text and text.count("| yes |") == 8
 
 
+def test_several_runs_give_mean_spread_and_a_verdict_of_all():
+    first = as_in_the_paper()
+    better = first.assign(psnr=first.psnr + 2)
+    upside_down = first.assign(psnr=-first.psnr, H_n=1 - first.H_n, P_n=-first.P_n)
+    runs = pd.concat([first.assign(run=0), better.assign(run=1)])
+    findings = judge(runs)
+    assert [(one.verdict, one.seen_in) for one in findings] == [("yes", (2, 2))] * 8
+    assert "| S = 1 | 18.00 ± 1.41 | 17.00 ± 1.41 | 16.00 ± 1.41 | 15.00 ± 1.41 | -1.00 ± 0.00 |" in report(runs, findings)
+    assert "17.00 and more; best" not in findings[3].numbers and mean_of_runs(runs).psnr.equals(first.psnr + 1)
+    divided = judge(pd.concat([first.assign(run=0), upside_down.assign(run=1)]))
+    assert divided[0].verdict == "in 1 of 2 runs" and not divided[0].seen and divided[2].verdict == "yes"
+    assert judge(upside_down)[0].verdict == "no"
+
+
 def test_the_commands_of_the_figures_write_what_they_measured(tmp_path):
     results = as_in_the_paper()
     machine = {"date": "2026-11-26", "machine": "1 x cpu", "pictures": 4, "unavailable": {"rfid": "weights"}}
@@ -302,11 +319,16 @@ def test_the_commands_of_the_figures_write_what_they_measured(tmp_path):
         record = machine | {"latents": latents | {"bits_per_pixel": 1.0}, "scores": scores}
         record["settings"] = {"resolution": 32, "weights_sha256": name}
         write_json(tmp_path / "sweep" / name / "evaluation" / name / "data-validation-32" / "results.json", record)
-    printed = run_script(FIGURES, tmp_path / "sweep", "--output_dir", tmp_path / "out").stdout
-    assert "38 configurations" in printed and "rfid: unavailable, needs weights" in printed
+    shutil.copytree(tmp_path / "sweep", tmp_path / "sweep-seed1")
+    (tmp_path / "sweep").rename(tmp_path / "sweep-seed0")
+    folders = [tmp_path / "sweep-seed0", tmp_path / "sweep-seed1"]
+    printed = run_script(FIGURES, *folders, "--output_dir", tmp_path / "out").stdout
+    assert "38 configurations in 2 runs" in printed and "rfid: unavailable, needs weights" in printed
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert record["settings"] == {"resolution": 32} and all(finding["seen"] for finding in record["findings"])
-    assert pd.DataFrame(record["configurations"])[["d", "S", "K"]].equals(results[["d", "S", "K"]])
+    rows = pd.DataFrame(record["configurations"])
+    assert rows[rows.run == 1][["d", "S", "K"]].reset_index(drop=True).equals(results[["d", "S", "K"]])
+    assert record["findings"][0]["seen_in"] == [2, 2]
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"sweep_quality.png", "sweep_utilisation.png"}
 
 
