@@ -49,9 +49,7 @@ def updated(page):
 
 
 def main():
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name in PAGES:
         write_text(ROOT / name, updated(ROOT / name))
         print(name)

@@ -1,7 +1,7 @@
 import json
 import math
-import statistics
 import runpy
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +166,8 @@ def test_the_command_trains_evaluates_and_goes_on_where_it_was(tmp_path, monkeyp
     run("none", seeds=(0, 1))
     results = json.loads((tmp_path / "out" / "quantizer_comparison.json").read_text())
     assert [result["settings"]["seed"] for result in results] == [0, 0, 1]
-    assert all(result["test"]["pictures"] == 1 and math.isfinite(result["test"]["scores"]["psnr"]) for result in results)
+    tested = [result["test"] for result in results]
+    assert all(one["pictures"] == 1 and math.isfinite(one["scores"]["psnr"]) for one in tested)
     table = (tmp_path / "out" / "quantizer_comparison.md").read_text()
     scores = [result["test"]["scores"]["psnr_pooled"] for result in results if result["name"] == "none"]
     assert f"| {statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} |" in table

@@ -80,10 +80,11 @@ def test_a_saved_model_is_the_same(case, variant, shard_size, tmp_path):
     model, inputs = case
     model.save_pretrained(tmp_path, variant=variant, max_shard_size=shard_size)
     names = {path.name for path in tmp_path.iterdir()}
-    assert all(name.endswith((".json", ".safetensors")) for name in names)
-    assert all(variant in name for name in names if variant and name != "config.json")
+    weights = names - {"config.json", "diffusers_pq.py"}  # the latter is the code that `auto_map` names
+    assert all(name.endswith((".json", ".safetensors")) for name in weights)
+    assert all(variant in name for name in weights if variant)
     if shard_size == "10KB":
-        assert len(names) > 3, "not sharded"
+        assert len(weights) > 2, "not sharded"
     # diffusers does not let a model that keeps modules in float32 do without.
     for low_memory in (True,) if model._keep_in_fp32_modules else (True, False):
         loaded, info = type(model).from_pretrained(

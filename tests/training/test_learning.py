@@ -1,7 +1,5 @@
 """That training learns: losses fall, and every term of them reaches the weights."""
 
-from functools import partial
-
 import lpips
 import numpy as np
 import PIL.Image
@@ -31,7 +29,8 @@ from diffusers_pq.training.pqgan import (
 @pytest.fixture
 def random_vgg(monkeypatch):
     """LPIPS as it is but for VGG's weights, which are random instead of downloaded."""
-    monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
+    whole = lpips.LPIPS
+    monkeypatch.setattr(lpips, "LPIPS", lambda **options: whole(**options | {"pnet_rand": True}))
 
 
 def pictures(count):
