@@ -193,7 +193,7 @@ print(json.dumps({{name: check(name, *rest) for name, rest in {expected}.items()
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     try:
         command = [sys.executable, "-c", code]
-        result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=400)
     finally:
         hub.close()
     assert result.returncode == 0, result.stderr
