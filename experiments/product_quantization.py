@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Product quantisation of a trained autoencoder's latents: pictures and denoisers against bits per latent value.
 
-    python experiments/product_quantization.py                       # about two minutes on one core
+    python experiments/product_quantization.py                       # about an hour on one core
 
 Writes product_quantization.json. Each photograph is quantised with codebooks that were fitted to the others. Denoisers
 with the same start, order of data and noise are trained on the latents themselves and on those that come back from
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from diffusers_pq import product_quantize
 from diffusers_pq.autoencoders import load_autoencoder
+from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import write_json
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
@@ -181,4 +182,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors():
+        main(parse_args())
