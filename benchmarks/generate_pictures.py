@@ -14,7 +14,6 @@ Figure 4 and, with other sizes than a pipeline's own, Figures 8 to 10:
         --output outputs/figure10.png
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,23 +22,31 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
-from diffusers_pq.flags import named
+from diffusers_pq.flags import COUNT, SCALE, SEED, FlagParser, named
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, type=named, metavar="NAME=PATH_OR_REPO")
-    parser.add_argument("--prompts", nargs="+", required=True)
-    parser.add_argument("--num_images_per_prompt", type=int, default=1)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, help="default: the pipeline's")
-    parser.add_argument("--height", type=int, help="of all pictures, in pixels; default: the pipeline's")
-    parser.add_argument("--width", type=int, help="likewise")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo/generated.png"), help="the grid, reduced")
-    parser.add_argument("--pictures_dir", type=Path, help="for every picture in a file of its own, at full size")
+    parser = FlagParser(description=__doc__)
+    parser.add_argument(
+        "--models", nargs="+", required=True, type=named, metavar="NAME=PATH_OR_REPO", help="pipelines, a column each"
+    )
+    parser.add_argument("--prompts", nargs="+", required=True, help="texts, a row each")
+    parser.add_argument("--num_images_per_prompt", type=COUNT, default=1, help="pictures of each text and model")
+    parser.add_argument("--num_inference_steps", type=COUNT, default=50, help="denoising steps of each sample")
+    parser.add_argument("--guidance_scale", type=SCALE, help="of classifier-free guidance; default: the pipeline's")
+    parser.add_argument("--height", type=COUNT, help="height of the pictures, in pixels; default: the pipeline's")
+    parser.add_argument("--width", type=COUNT, help="width of the pictures, in pixels; default: the pipeline's")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the noise")
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision of the models"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/demo/generated.png"), help="file of the grid, reduced"
+    )
+    parser.add_argument(
+        "--pictures_dir", type=Path, help="folder for every picture in a file of its own, at full size"
+    )
     return parser.parse_args(argv)
 
 

@@ -8,7 +8,6 @@ measured. A denoising step is one forward of the UNet on two pictures (classifie
 --num_inference_steps of them and one decoding. Writes generation_speed.json and .png.
 """
 
-import argparse
 import datetime
 import json
 from pathlib import Path
@@ -21,6 +20,7 @@ from diffusers_pq import PQModel, widen_unet
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
 from diffusers_pq.files import write_json
+from diffusers_pq.flags import COUNT, FlagParser
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 
 
@@ -44,19 +44,19 @@ PROMPT_TOKENS = 77
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument(
         "--systems",
         nargs="+",
         choices=SYSTEMS,
         default=list(SYSTEMS),
-        help="SD 2.1, which all are compared with, always",
+        help="systems to measure; SD 2.1, which all are compared with, always",
     )
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="steps that a picture is counted with")
-    parser.add_argument("--steps", type=int, default=2, help="steps that are timed; the median counts")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--num_inference_steps", type=COUNT, default=50, help="steps that a picture is counted with")
+    parser.add_argument("--steps", type=COUNT, default=2, help="steps that are timed; the median counts")
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--dtype", default="float32", help="precision of the models")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     return parser.parse_args(argv)
 
 

@@ -8,7 +8,6 @@ their full size and random weights, since only time and memory are measured; the
 the trained model of --tiling_model.
 """
 
-import argparse
 import datetime
 import json
 from pathlib import Path
@@ -21,6 +20,7 @@ from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import read_json
+from diffusers_pq.flags import COUNT, FlagParser
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 from diffusers_pq.metrics import psnr
@@ -34,16 +34,29 @@ FASTEST_LAYOUT = autoencoder_pq._fastest_layout
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["model_cards/pqgan-f8", "model_cards/pqgan-f16-d256"])
-    parser.add_argument("--pixels", nargs="+", type=int, default=[256, 768, 1536])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tiling_model", default="model_cards/pqgan-mini-f8-pq")
-    parser.add_argument("--tiling_pixels", type=int, default=1536)
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
+    parser = FlagParser(description=__doc__)
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["model_cards/pqgan-f8", "model_cards/pqgan-f16-d256"],
+        help="autoencoders; folders or Hub repositories",
+    )
+    parser.add_argument(
+        "--pixels", nargs="+", type=COUNT, default=[256, 768, 1536], help="side of the pictures, in pixels"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what is switched on in the models"
+    )
+    parser.add_argument("--repeats", type=COUNT, default=3, help="measurements, of which the median counts")
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--dtype", default="float32", help="precision of the models")
+    parser.add_argument(
+        "--tiling_model",
+        default="model_cards/pqgan-mini-f8-pq",
+        help="autoencoder of the comparison of tiled pictures with whole ones",
+    )
+    parser.add_argument("--tiling_pixels", type=COUNT, default=1536, help="side of the picture of that comparison")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     return parser.parse_args(argv)
 
 

@@ -8,7 +8,6 @@ Writes quantizer_speed.json and quantizer_speed.png. All methods run in this one
 same latents; times are medians after a warm-up, and only ratios between them mean anything on another machine.
 """
 
-import argparse
 import datetime
 import functools
 import importlib.util
@@ -22,6 +21,7 @@ import torch
 from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
+from diffusers_pq.flags import COUNT, FlagParser
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 from diffusers_pq.models import search
 
@@ -32,15 +32,18 @@ SIZES = [1024, 9216]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="latent pixels N")
+    parser = FlagParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--threads", type=COUNT, default=torch.get_num_threads(), help="threads on a CPU")
+    parser.add_argument("--repeats", type=COUNT, default=15, help="measurements, of which the median counts")
+    parser.add_argument("--sizes", nargs="+", type=COUNT, default=SIZES, help="numbers of latent pixels N")
     parser.add_argument(
-        "--models", nargs="*", default=["model_cards/pqgan-f8", "model_cards/pqgan-f16", "model_cards/pqgan-f32"]
+        "--models",
+        nargs="*",
+        default=["model_cards/pqgan-f8", "model_cards/pqgan-f16", "model_cards/pqgan-f32"],
+        help="PQModels whose d, S and K are measured",
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     return parser.parse_args(argv)
 
 

@@ -13,7 +13,6 @@ So, with the models of Figure 1:
         --pictures street.jpg --crops street=640,300 --crop_side 128 --output_dir outputs/figure1
 """
 
-import argparse
 import datetime
 import statistics
 from pathlib import Path
@@ -22,7 +21,7 @@ from diffusers_pq.console import one_line_errors
 from diffusers_pq.evaluation.systems import load_for_evaluation
 from diffusers_pq.figures import draw_reconstructions, most_different_box
 from diffusers_pq.files import replacing, write_json
-from diffusers_pq.flags import named
+from diffusers_pq.flags import COUNT, SCALE, FlagParser, named
 from diffusers_pq.images import load_image
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import pooled_psnr
@@ -34,11 +33,16 @@ COLUMNS = ("psnr", "psnr_pooled", "ssim", "bits_per_pixel", "H_n", "P_n", "secon
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument(
-        "--models", nargs="+", required=True, type=named, metavar="NAME=SOURCE", help="folder, Hub or system"
+        "--models",
+        nargs="+",
+        required=True,
+        type=named,
+        metavar="NAME=SOURCE",
+        help="autoencoders: folders, Hub repositories or systems",
     )
-    parser.add_argument("--pictures", nargs="+", type=Path, help="files; default: the held-out photographs")
+    parser.add_argument("--pictures", nargs="+", type=Path, help="picture files; default: the held-out photographs")
     parser.add_argument(
         "--crops",
         nargs="+",
@@ -46,10 +50,10 @@ def parse_args(argv=None):
         metavar="PICTURE=LEFT,TOP",
         help="corners of crops, in pixels; default: where the models' errors differ most",
     )
-    parser.add_argument("--crop_side", type=int, default=96, help="in pixels")
-    parser.add_argument("--amplification", type=float, default=4.0, help="of the differences that are shown")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--crop_side", type=COUNT, default=96, help="side of the crops, in pixels")
+    parser.add_argument("--amplification", type=SCALE, default=4.0, help="factor of the differences that are shown")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
     args = parser.parse_args(argv)
     try:
         args.crops = {name: tuple(map(int, corner.split(","))) for name, corner in (c.split("=") for c in args.crops)}

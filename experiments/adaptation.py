@@ -6,7 +6,6 @@
 Reads the runs' tensorboard logs. Losses can be compared between runs on the same autoencoder only.
 """
 
-import argparse
 import datetime
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import read_json, replacing, write_json
-from diffusers_pq.flags import named
+from diffusers_pq.flags import FlagParser, named
 
 
 # What the plot shows: the logs' name, a title, and over how many logged values it is averaged.
@@ -27,9 +26,16 @@ CURVES = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, type=named, metavar="NAME=FOLDER")
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"))
+    parser = FlagParser(description=__doc__)
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        required=True,
+        type=named,
+        metavar="NAME=FOLDER",
+        help="output folders of train_pqsd.py, with names for the plot",
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
     return parser.parse_args(argv)
 
 

@@ -7,7 +7,6 @@ Each run is `train_pqgan.py` with the recipe of the mini models, for VQ (one cod
 at the last step go to codebook_remedies.json. Flags after `--` go to all runs.
 """
 
-import argparse
 import datetime
 import json
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import read_json
+from diffusers_pq.flags import COUNT, FlagParser
 from diffusers_pq.measuring import describe_machine
 
 
@@ -31,13 +31,17 @@ REMEDIES = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["vq", "pq"], help="of the mini models")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--train_batch_size", type=int, default=8)
-    parser.add_argument("--runs_dir", type=Path, default=ROOT / "runs" / "codebook_remedies")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "experiments" / "results")
+    parser = FlagParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["vq", "pq"], help="mini models that are trained")
+    parser.add_argument("--steps", type=COUNT, default=300, help="steps of each training")
+    parser.add_argument("--resolution", type=COUNT, default=64, help="side of the pictures, in pixels")
+    parser.add_argument("--train_batch_size", type=COUNT, default=8, help="pictures of a training step")
+    parser.add_argument(
+        "--runs_dir", type=Path, default=ROOT / "runs" / "codebook_remedies", help="folder of the trainings"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=ROOT / "experiments" / "results", help="folder of the results"
+    )
     parser.add_argument("flags", nargs="*", help="further flags of train_pqgan.py")
     return parser.parse_args(argv)
 

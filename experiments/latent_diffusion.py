@@ -9,7 +9,6 @@ distances in feature spaces that need no downloads (not FID, whose Inception wei
 and plots; samples stay in the runs' folders, so that a run that was stopped goes on.
 """
 
-import argparse
 import copy
 import datetime
 import random
@@ -31,7 +30,7 @@ from diffusers_pq.data.pictures import ConditionedCrops, Crops, PictureSource
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.evaluation.reconstruction import EvaluationData
 from diffusers_pq.files import read_json, replacing, write_json
-from diffusers_pq.flags import named, trained_unlike
+from diffusers_pq.flags import COUNT, SCALE, FlagParser, named, number, trained_unlike
 from diffusers_pq.images import to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import FID, PSNR, SSIM, PooledPSNR
@@ -70,16 +69,33 @@ class EncoderFeatures(nn.Module):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, type=named, metavar="NAME=FOLDER")
-    parser.add_argument("--snr", nargs="+", type=float, default=[30, 3, 1, 0.3, 0.1, 0.03], help="levels of noise")
-    parser.add_argument("--num_samples", type=int, help="default: as many as there are training pictures")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of the samples that are measured")
-    parser.add_argument("--grid_guidance_scale", type=float, default=3.0, help="of the samples that are shown")
-    parser.add_argument("--grid_classes", nargs="+", help="shown; default: the first eight")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"))
+    parser = FlagParser(description=__doc__)
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        required=True,
+        type=named,
+        metavar="NAME=FOLDER",
+        help="output folders of train_ldm.py, with names for the plot",
+    )
+    parser.add_argument(
+        "--snr",
+        nargs="+",
+        type=number(float, above=0),
+        default=[30, 3, 1, 0.3, 0.1, 0.03],
+        help="signal-to-noise ratios of the noisy latents",
+    )
+    parser.add_argument(
+        "--num_samples", type=COUNT, help="samples of each run; default: as many as there are training pictures"
+    )
+    parser.add_argument("--num_inference_steps", type=COUNT, default=50, help="denoising steps of each sample")
+    parser.add_argument("--guidance_scale", type=SCALE, default=1.0, help="guidance of the samples that are measured")
+    parser.add_argument(
+        "--grid_guidance_scale", type=SCALE, default=3.0, help="guidance of the samples that are shown"
+    )
+    parser.add_argument("--grid_classes", nargs="+", help="classes that are shown; default: the first eight")
+    parser.add_argument("--batch_size", type=COUNT, default=32, help="pictures at once")
+    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
     args = parser.parse_args(argv)
     args.runs = {name: Path(folder) for name, folder in args.runs}
     return args

@@ -8,7 +8,6 @@ with the same start, order of data and noise are trained on the latents themselv
 codes; all are scored by their loss on the exact latents of a photograph that none has seen.
 """
 
-import argparse
 import datetime
 import statistics
 import time
@@ -22,6 +21,7 @@ from diffusers_pq import product_quantize
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import write_json
+from diffusers_pq.flags import COUNT, FlagParser
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import psnr
@@ -34,15 +34,15 @@ HELD_OUT = "coffee"  # of the denoisers
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--model", default="model_cards/pqgan-mini-f8-kl", help="AutoencoderKL, folder or repository")
-    parser.add_argument("--num_subspaces", nargs="+", type=int, default=[1, 2, 4], help="S")
-    parser.add_argument("--codebook_size", nargs="+", type=int, default=[16, 64, 256], help="K")
+    parser.add_argument("--num_subspaces", nargs="+", type=COUNT, default=[1, 2, 4], help="numbers of subspaces S")
+    parser.add_argument("--codebook_size", nargs="+", type=COUNT, default=[16, 64, 256], help="sizes of a codebook K")
     parser.add_argument(
         "--denoisers", nargs="*", default=["2:16", "2:256", "4:256"], help="S:K of which a denoiser is trained"
     )
-    parser.add_argument("--train_steps", type=int, default=400)
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"))
+    parser.add_argument("--train_steps", type=COUNT, default=400, help="steps of each denoiser's training")
+    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
     return parser.parse_args(argv)
 
 

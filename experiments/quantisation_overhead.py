@@ -9,7 +9,6 @@ Writes quantisation_overhead.json and .png. The weights are random, since only t
 compiled from the start, as it is in a long run; the overhead is the time of the quantiser over that of the rest.
 """
 
-import argparse
 import datetime
 from pathlib import Path
 
@@ -23,20 +22,27 @@ from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
 from diffusers_pq.files import write_json
+from diffusers_pq.flags import COUNT, FlagParser
 from diffusers_pq.measuring import describe_machine, measure_seconds
 from diffusers_pq.models import search
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="model_cards/pqgan-f8", help="of whose config d, S and K are varied")
-    parser.add_argument("--latent_channels", nargs="+", type=int, default=[32, 128, 256], help="d")
-    parser.add_argument("--num_subspaces", nargs="+", default=["1", "d/8", "d/4", "d/2", "d"], help="S, of each d")
-    parser.add_argument("--codebook_size", nargs="+", type=int, default=[128, 1024, 16384], help="K")
-    parser.add_argument("--pixels", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"))
+    parser = FlagParser(description=__doc__)
+    parser.add_argument(
+        "--model", default="model_cards/pqgan-f8", help="PQModel in whose config d, S and K are varied"
+    )
+    parser.add_argument("--latent_channels", nargs="+", type=COUNT, default=[32, 128, 256], help="latent channels d")
+    parser.add_argument(
+        "--num_subspaces", nargs="+", default=["1", "d/8", "d/4", "d/2", "d"], help="subspaces S, of each d"
+    )
+    parser.add_argument(
+        "--codebook_size", nargs="+", type=COUNT, default=[128, 1024, 16384], help="sizes of a codebook K"
+    )
+    parser.add_argument("--pixels", type=COUNT, default=256, help="side of the pictures, in pixels")
+    parser.add_argument("--repeats", type=COUNT, default=5, help="measurements, of which the median counts")
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
     return parser.parse_args(argv)
 
 

@@ -23,7 +23,6 @@ Every trained model is evaluated on the `validation` split, on the six photograp
 with `--test_dir` on the test photographs of `diffusers-pq prepare-test-set`. Writes quantizer_comparison.json and .md.
 """
 
-import argparse
 import datetime
 import itertools
 import math
@@ -45,7 +44,7 @@ from diffusers_pq.evaluation.reconstruction import (
     evaluate_autoencoder,
 )
 from diffusers_pq.files import read_json, write_json, write_text
-from diffusers_pq.flags import parse, trained_unlike, unlike
+from diffusers_pq.flags import COUNT, SEED, FlagParser, parse, trained_unlike, unlike
 from diffusers_pq.images import load_image, to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import load_metrics
@@ -82,20 +81,26 @@ COLUMNS = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bottlenecks", nargs="+", choices=BOTTLENECKS, default=list(BOTTLENECKS))
+    parser = FlagParser(description=__doc__)
+    parser.add_argument(
+        "--bottlenecks", nargs="+", choices=BOTTLENECKS, default=list(BOTTLENECKS), help="what is compared"
+    )
     parser.add_argument(
         "--model_config",
         default=str(ROOT / "model_cards" / "pqgan-mini-f8-pq" / "config.json"),
         help="config.json of a PQModel, which gives backbone, d, S and K",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--test_dir", type=Path, help="what `diffusers-pq prepare-test-set` wrote")
-    parser.add_argument("--vq_codebook_size", type=int, default=1024, help="K of the vector quantiser")
-    parser.add_argument("--eval_resolution", type=int, default=256, help="side of the validation pictures' crops")
-    parser.add_argument("--max_eval_samples", type=int, help="only the first validation pictures")
-    parser.add_argument("--runs_dir", type=Path, default=ROOT / "runs" / "quantizer_comparison")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "experiments" / "results")
+    parser.add_argument("--seeds", nargs="+", type=SEED, default=[0, 1, 2], help="seed of each run")
+    parser.add_argument("--test_dir", type=Path, help="folder that `diffusers-pq prepare-test-set` wrote")
+    parser.add_argument("--vq_codebook_size", type=COUNT, default=1024, help="K of the vector quantiser")
+    parser.add_argument("--eval_resolution", type=COUNT, default=256, help="side of the validation pictures' crops")
+    parser.add_argument("--max_eval_samples", type=COUNT, help="only so many validation pictures; default: all")
+    parser.add_argument(
+        "--runs_dir", type=Path, default=ROOT / "runs" / "quantizer_comparison", help="folder of the trainings"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=ROOT / "experiments" / "results", help="folder of the results"
+    )
     parser.add_argument("flags", nargs="*", default=RECIPE, help="flags of train_pqgan.py, after --")
     return parser.parse_args(argv)
 

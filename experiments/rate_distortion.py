@@ -11,7 +11,6 @@ photographs have been JPEG files before, which favours JPEG a little.
 on the training pictures: the ideal code length, without a file around it.
 """
 
-import argparse
 import datetime
 import io
 import json
@@ -31,6 +30,7 @@ from diffusers_pq.compression import compress_picture, decompress_picture
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
 from diffusers_pq.evaluation.reconstruction import EvaluationData
+from diffusers_pq.flags import FlagParser, number
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import CodebookUsage, pooled_psnr, psnr, ssim
@@ -46,7 +46,7 @@ HEAD = ("", "bits per pixel", "PSNR (dB)", "PSNR, pooled (dB)", "SSIM")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument(
         "--models",
         nargs="+",
@@ -56,9 +56,15 @@ def parse_args(argv=None):
     parser.add_argument(
         "--train_data_dir", default="data/debian-tiles", help="imagefolder whose `train` split the models learned from"
     )
-    parser.add_argument("--qualities", nargs="+", type=int, default=list(QUALITIES), help="of JPEG, WebP and AVIF")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"))
+    parser.add_argument(
+        "--qualities",
+        nargs="+",
+        type=number(int, minimum=0, maximum=100),
+        default=list(QUALITIES),
+        help="quality settings of JPEG, WebP and AVIF",
+    )
+    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
     return parser.parse_args(argv)
 
 

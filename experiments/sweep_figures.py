@@ -8,7 +8,6 @@ run shows it. Writes sweep.json, sweep_quality.png and sweep_utilisation.png, na
 tables. The figures can be drawn while the sweeps are running.
 """
 
-import argparse
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +16,16 @@ from sweep_report import draw_quality, draw_utilisation, judge, mean_of_runs, re
 
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import write_json
+from diffusers_pq.flags import FlagParser
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("sweep_dirs", type=Path, nargs="+", help="output folders of one sweep, a seed each")
-    parser.add_argument("--evaluation", help="which one, if there are several, such as imagenet-1k-validation-256")
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"))
+    parser.add_argument(
+        "--evaluation", help="name of the one to draw, if there are several, such as imagenet-1k-validation-256"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
     return parser.parse_args(argv)
 
 

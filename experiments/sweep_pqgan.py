@@ -10,7 +10,6 @@ machine, at any time and again after a crash: it takes the next free configurati
 where another worker was killed. `experiments/sweep_figures.py` draws the figures.
 """
 
-import argparse
 import logging
 import shlex
 import signal
@@ -24,7 +23,7 @@ from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.evaluation.options import parse_reconstruction_args
 from diffusers_pq.files import read_json
-from diffusers_pq.flags import parse
+from diffusers_pq.flags import COUNT, FlagParser, number, parse
 from diffusers_pq.training.pqgan import PQGANOptions
 
 
@@ -42,26 +41,34 @@ DATA_FLAGS = {
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = FlagParser(description=__doc__)
+    parser.add_argument(
+        "--latent_channels", nargs="+", type=COUNT, default=[4, 8, 16, 32, 64, 128, 256], help="latent channels d"
     )
-    parser.add_argument("--latent_channels", nargs="+", type=int, default=[4, 8, 16, 32, 64, 128, 256], help="d")
-    parser.add_argument("--num_subspaces", nargs="+", default=["1", "d/8", "d/4", "d/2", "d"], help="S, of each d")
-    parser.add_argument("--codebook_size", nargs="+", type=int, default=[128, 512, 1024, 8192, 16384], help="K")
-    parser.add_argument("--output_dir", type=Path, required=True, help="shared by all workers")
+    parser.add_argument(
+        "--num_subspaces", nargs="+", default=["1", "d/8", "d/4", "d/2", "d"], help="subspaces S, of each d"
+    )
+    parser.add_argument(
+        "--codebook_size", nargs="+", type=COUNT, default=[128, 512, 1024, 8192, 16384], help="sizes of a codebook K"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder of the trainings, shared by all workers"
+    )
     parser.add_argument(
         "--evaluation",
         action="append",
         metavar="FLAGS",
-        help="of evaluate_reconstruction.py, in one string; repeat it for several evaluations. Default for the data: "
-        "the `validation` split of the training data, at its resolution",
+        help="flags of evaluate_reconstruction.py, in one string; repeat it for several evaluations. Default for the "
+        "data: the `validation` split of the training data, at its resolution",
     )
     parser.add_argument(
-        "--launcher", default=shlex.quote(sys.executable), help='such as "accelerate launch --num_processes 4"'
+        "--launcher",
+        default=shlex.quote(sys.executable),
+        help='what starts a script, such as "accelerate launch --num_processes 4"',
     )
     parser.add_argument(
         "--claim_timeout",
-        type=float,
+        type=number(float, above=0),
         default=600,
         help="seconds without a sign of life after which a worker's configuration is taken over",
     )

@@ -10,7 +10,6 @@ takes turns, and so reconstructs a batch for each of the two; ours hands the rec
 training_speed.json.
 """
 
-import argparse
 import datetime
 import json
 from pathlib import Path
@@ -23,6 +22,7 @@ from diffusers.optimization import get_scheduler
 
 from diffusers_pq import PatchDiscriminator, PQModel
 from diffusers_pq.console import one_line_errors
+from diffusers_pq.flags import COUNT, FlagParser
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
 from diffusers_pq.training.pqgan import (
     AutoencoderLoss,
@@ -47,13 +47,18 @@ BLOCKS = (
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("model_cards/pqgan-mini-f8-pq/config.json"))
-    parser.add_argument("--resolution", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--mixed_precision", default="no")
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"))
+    parser = FlagParser(description=__doc__)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path("model_cards/pqgan-mini-f8-pq/config.json"),
+        help="config.json of a PQModel",
+    )
+    parser.add_argument("--resolution", type=COUNT, default=128, help="side of the pictures, in pixels")
+    parser.add_argument("--batch_size", type=COUNT, default=4, help="pictures at once")
+    parser.add_argument("--repeats", type=COUNT, default=7, help="measurements, of which the median counts")
+    parser.add_argument("--mixed_precision", default="no", help="precision of the forward pass, such as bf16")
+    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
     return parser.parse_args(argv)
 
 

@@ -6,7 +6,6 @@
 A page holds a table between `<!-- NAME -->` and `<!-- end -->`, where NAME is one of `TABLES`.
 """
 
-import argparse
 import re
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from sweep_report import judge, report
 
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import read_json, write_text
+from diffusers_pq.flags import FlagParser
 
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def updated(page):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    FlagParser(description=__doc__).parse_args()
     for name in PAGES:
         write_text(ROOT / name, updated(ROOT / name))
         print(name)

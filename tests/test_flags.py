@@ -30,10 +30,10 @@ class Program(Command):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--rate", "1"], "--rate 1.0 must lie between 0 and 1"),
+        (["--rate", "1"], "--rate: must be above 0 and below 1, but is 1.0"),
         (["--steps", "-5"], "--steps: must be at least 1, but is -5"),
         (["--kind", "c"], "argument --kind: invalid choice: 'c'"),
-        (["--rate", "nan"], "--rate nan must lie between 0 and 1"),
+        (["--rate", "nan"], "--rate: must be above 0 and below 1, but is nan"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_flag(argv, message, capsys):

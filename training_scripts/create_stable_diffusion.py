@@ -8,7 +8,6 @@
 `train_pqsd.py` trains it. `--config_dir` holds `unet.json` and `text_encoder.json`.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -18,22 +17,28 @@ from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.conditions import caption_texts
 from diffusers_pq.data.pictures import PictureSource
 from diffusers_pq.files import read_json
+from diffusers_pq.flags import COUNT, SEED, FlagParser, number
 from diffusers_pq.training.stable_diffusion import create_stable_diffusion, train_clip_tokenizer
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_name")
-    parser.add_argument("--train_data_dir")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", default="text")
-    parser.add_argument("--vae_name_or_path", required=True)
-    parser.add_argument("--config_dir", type=Path, required=True)
-    parser.add_argument("--vocab_size", type=int, default=2000)
-    parser.add_argument("--max_length", type=int, default=24, help="tokens of a prompt")
-    parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", required=True)
+    parser = FlagParser(description=__doc__)
+    parser.add_argument("--dataset_name", help="Hub dataset, or local folder of parquet files or webdataset tars")
+    parser.add_argument("--train_data_dir", help="folder in the imagefolder layout")
+    parser.add_argument("--image_column", default="image", help="column of the pictures")
+    parser.add_argument("--caption_column", default="text", help="column of the captions")
+    parser.add_argument("--vae_name_or_path", required=True, help="autoencoder; folder or Hub repository")
+    parser.add_argument("--config_dir", type=Path, required=True, help="folder with unet.json and text_encoder.json")
+    parser.add_argument("--vocab_size", type=COUNT, default=2000, help="entries of the tokenizer")
+    parser.add_argument("--max_length", type=number(int, minimum=3), default=24, help="tokens of a prompt")
+    parser.add_argument(
+        "--prediction_type",
+        choices=("epsilon", "v_prediction"),
+        default="v_prediction",
+        help="what the UNet is to predict",
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the weights")
+    parser.add_argument("--output_dir", required=True, help="folder of the pipeline")
     return parser.parse_args(argv)
 
 

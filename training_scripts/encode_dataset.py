@@ -16,26 +16,41 @@ from diffusers_pq.autoencoders import load_pq_model
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.latent_cache import encode_dataset
 from diffusers_pq.data.pictures import Crops, PictureSource
+from diffusers_pq.flags import COUNT, FlagParser
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae_name_or_path", required=True)
-    parser.add_argument("--dataset_name")
-    parser.add_argument("--dataset_config_name")
-    parser.add_argument("--train_data_dir")
-    parser.add_argument("--image_column", default="image")
+    parser = FlagParser(description=__doc__)
+    parser.add_argument("--vae_name_or_path", required=True, help="PQModel; folder or Hub repository")
+    parser.add_argument("--dataset_name", help="Hub dataset, or local folder of parquet files or webdataset tars")
+    parser.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
+    parser.add_argument("--train_data_dir", help="folder in the imagefolder layout")
+    parser.add_argument("--image_column", default="image", help="column of the pictures")
     parser.add_argument(
-        "--caption_column", "--label_column", dest="condition_column", default="text", help="kept beside the codes"
+        "--caption_column",
+        "--label_column",
+        dest="condition_column",
+        default="text",
+        help="column that is kept beside the codes",
     )
-    parser.add_argument("--cache_dir")
-    parser.add_argument("--resolution", type=int, required=True)
-    parser.add_argument("--min_image_side", type=int, help="smaller pictures are skipped; default: the resolution")
-    parser.add_argument("--center_crop", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--rows_per_shard", type=int, default=1000)
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--cache_dir", help="where datasets are kept; default: the Hub's cache")
+    parser.add_argument("--resolution", type=COUNT, required=True, help="side of the pictures, in pixels")
+    parser.add_argument("--min_image_side", type=COUNT, help="smaller pictures are skipped; default: the resolution")
+    parser.add_argument(
+        "--center_crop",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take the middle of each picture, not a random part; by default it is taken",
+    )
+    parser.add_argument(
+        "--random_flip",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="mirror half the pictures; by default none is",
+    )
+    parser.add_argument("--batch_size", type=COUNT, default=8, help="pictures encoded at once, per process")
+    parser.add_argument("--rows_per_shard", type=COUNT, default=1000, help="pictures in each file")
+    parser.add_argument("--output_dir", required=True, help="folder of the codes, in a sub-folder for each resolution")
     return parser.parse_args(argv)
 
 

@@ -1,31 +1,38 @@
 """The console command `diffusers-pq`."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from . import __version__
 from .console import report
+from .flags import COUNT, FlagParser, number
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diffusers-pq", description="Product-quantised image latents.")
+def _build_parser() -> FlagParser:
+    parser = FlagParser(prog="diffusers-pq", description="Product-quantised image latents.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     reconstruct = commands.add_parser("reconstruct", help="encode and decode a picture of any size")
-    reconstruct.add_argument("picture", type=Path)
+    reconstruct.add_argument("picture", type=Path, help="file to read")
     reconstruct.add_argument("--model", required=True, help="folder or Hub repository of a PQModel or AutoencoderKL")
-    reconstruct.add_argument("--output", type=Path, help="default: <picture>-reconstruction.png")
-    reconstruct.add_argument("--device", default="cpu")
+    reconstruct.add_argument("--output", type=Path, help="file to write; default: <picture>-reconstruction.png")
+    reconstruct.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
     reconstruct.set_defaults(run=_reconstruct)
 
     prepare = commands.add_parser("prepare-data", help="make an image dataset of Debian's wallpapers and stamps")
     prepare.add_argument("output", type=Path, help="folder to write; must not exist")
     prepare.add_argument("--source", type=Path, help="unpacked packages, one a sub-folder; default: fetch with apt")
-    prepare.add_argument("--short-side", type=int, default=512)
-    prepare.add_argument("--validation-share", type=float, default=0.05)
-    prepare.add_argument("--tile-size", type=int, help="cut pictures into tiles of at least this side; default: whole")
+    prepare.add_argument("--short-side", type=COUNT, default=512, help="shrink pictures to it, in pixels")
+    prepare.add_argument(
+        "--validation-share",
+        type=number(float, minimum=0, below=1),
+        default=0.05,
+        help="part of the motifs that is held back",
+    )
+    prepare.add_argument(
+        "--tile-size", type=COUNT, help="cut pictures into tiles of at least this side; default: whole"
+    )
     prepare.add_argument("--packages", nargs="+", help="Debian packages to take pictures from; default: all known")
     prepare.add_argument("--pad-to-square", action="store_true", help="add white margins to pictures that are not")
     prepare.add_argument(
@@ -39,15 +46,19 @@ def _build_parser() -> argparse.ArgumentParser:
     test_set = commands.add_parser("prepare-test-set", help="fetch the 16 test photographs that nothing is tuned on")
     test_set.add_argument("output", type=Path, help="folder to write; must not exist")
     test_set.add_argument("--source", type=Path, help="unpacked packages, one a sub-folder; default: fetch with apt")
-    test_set.add_argument("--short-side", type=int, default=512)
+    test_set.add_argument("--short-side", type=COUNT, default=512, help="shrink pictures to it, in pixels")
     test_set.set_defaults(run=_prepare_test_set)
 
     widen = commands.add_parser("widen-unet", help="give a denoiser the latent channels of a PQModel")
     widen.add_argument("denoiser", help="model, or pipeline with --subfolder; folder or Hub repository")
-    widen.add_argument("--subfolder", help='"unet" or "transformer" of a pipeline')
-    widen.add_argument("--latent-channels", type=int, required=True, help="d of the PQModel")
-    widen.add_argument("--init", choices=("copy", "copy_scaled", "zero"), default="copy")
-    widen.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    widen.add_argument("--subfolder", help='folder of the denoiser in a pipeline, "unet" or "transformer"')
+    widen.add_argument("--latent-channels", type=COUNT, required=True, help="latent channels d of the PQModel")
+    widen.add_argument(
+        "--init", choices=("copy", "copy_scaled", "zero"), default="copy", help="weights of the new channels"
+    )
+    widen.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision that is saved"
+    )
     widen.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     widen.set_defaults(run=_widen_unet)
 
@@ -56,7 +67,7 @@ def _build_parser() -> argparse.ArgumentParser:
     push.add_argument("repo_id", help="org/name; created if it does not exist")
     push.add_argument("--private", action="store_true", help="create the repository private")
     push.add_argument("--revision", help="branch to push to, created if it does not exist; default: main")
-    push.add_argument("--token", help="default: HF_TOKEN or that of `hf auth login`")
+    push.add_argument("--token", help="token to upload with; default: HF_TOKEN or that of `hf auth login`")
     push.set_defaults(run=_push)
 
     convert = commands.add_parser(
@@ -74,7 +85,7 @@ def _build_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--target",
         choices=("PQModel", "VQModel", "AutoencoderKL"),
-        help="default: PQModel for a checkpoint with codebooks, else AutoencoderKL",
+        help="class of the model; default: PQModel for a checkpoint with codebooks, else AutoencoderKL",
     )
     for name, what in (("mean", "mean"), ("std", "standard deviation")):
         convert.add_argument(
@@ -91,17 +102,17 @@ def _build_parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     compress = commands.add_parser("compress", help="write a picture of any size as entropy-coded codes")
-    compress.add_argument("picture", type=Path)
+    compress.add_argument("picture", type=Path, help="file to read")
     compress.add_argument("--model", required=True, help="folder or Hub repository of a PQModel")
     compress.add_argument("--output", type=Path, required=True, help="file to write, such as picture.pqc")
-    compress.add_argument("--device", default="cpu")
+    compress.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
     compress.set_defaults(run=_compress)
 
     decompress = commands.add_parser("decompress", help="turn a compressed file back into a picture")
     decompress.add_argument("file", type=Path, help="what compress wrote")
     decompress.add_argument("--model", required=True, help="folder or Hub repository of the same PQModel")
     decompress.add_argument("--output", type=Path, required=True, help="picture to write")
-    decompress.add_argument("--device", default="cpu")
+    decompress.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
     decompress.set_defaults(run=_decompress)
     return parser
 

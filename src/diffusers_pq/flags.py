@@ -8,6 +8,7 @@ A class derived from [`Options`] is a group of flags; one derived from [`Command
 import argparse
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,6 +30,67 @@ def named(text: str) -> tuple[str, str]:
     if not (name and value):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, but is {text!r}")
     return name, value
+
+
+def number(
+    kind: type,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], int | float]:
+    """
+    The type of flags that are numbers within bounds, for parsers that are not made of [`Options`].
+
+    Args:
+        kind (`type`): `int` or `float`.
+        minimum, above, maximum, below (`float`, *optional*): Bounds of the value, the first and the third included.
+    """
+
+    def convert(text):
+        value = kind(text)
+        if complaint := _out_of_range(value, minimum, above, maximum, below):
+            raise argparse.ArgumentTypeError(f"{complaint}, but is {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse's "invalid int value"
+    return convert
+
+
+COUNT = number(int, minimum=1)
+COUNT_OR_NONE = number(int, minimum=0)
+SEED = number(int, minimum=0, maximum=2**32 - 1)
+SCALE = number(float, minimum=0)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser whose `--help` shows the defaults of all flags, and whose errors are one line."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": _HelpFormatter, "allow_abbrev": False} | options)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (`--help` explains the flags)\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        text = action.help or ""
+        stated = not action.option_strings or action.required or "default" in text
+        if stated or action.default is argparse.SUPPRESS:
+            return text
+        return f"{text} (default: {_shown(action.default)})"
+
+
+def _shown(default):
+    if default in (None, "", []):
+        return "none"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, list | tuple):
+        return " ".join(map(str, default))
+    return str(default).replace("%", "%%")
 
 
 def flag(
@@ -148,16 +210,27 @@ def _check_value(name, value, metadata):
     for one in value if isinstance(value, list) else [value]:
         if choices is not None and one not in choices:
             raise ValueError(f"--{name}: must be one of {', '.join(map(str, choices))}, but is {one!r}")
-    lowest, above, highest, below = (metadata[key] for key in ("minimum", "above", "maximum", "below"))
-    if (lowest is None or value >= lowest) and (above is None or value > above):
-        if (highest is None or value <= highest) and (below is None or value < below):
-            return
-    low, high = (above if lowest is None else lowest), (below if highest is None else highest)
-    if low is not None and high is not None:
-        raise ValueError(f"--{name} {value} must lie between {low} and {high}")
-    if low is None:
-        raise ValueError(f"--{name}: must be {'at most' if below is None else 'below'} {high}, but is {value}")
-    raise ValueError(f"--{name}: must be {'at least' if above is None else 'above'} {low}, but is {value}")
+        complaint = _out_of_range(one, *(metadata[bound] for bound in ("minimum", "above", "maximum", "below")))
+        if complaint:
+            raise ValueError(f"--{name}: {complaint}, but is {one}")
+
+
+def _out_of_range(value, minimum, above, maximum, below) -> str | None:
+    """What a number must be, if it is not; others are in range."""
+    if not isinstance(value, int | float):
+        return None
+    bounds = {"at least": minimum, "above": above, "at most": maximum, "below": below}
+    held = (
+        minimum is None or value >= minimum,
+        above is None or value > above,
+        maximum is None or value <= maximum,
+        below is None or value < below,
+    )
+    if all(held) and math.isfinite(value):
+        return None
+    return "must be " + (
+        " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None) or "finite"
+    )
 
 
 def unlike(
@@ -230,22 +303,12 @@ def add_flags(parser: argparse.ArgumentParser, group: type[Options]):
     section = section or parser.add_argument_group(group.title)
     hints = typing.get_type_hints(group)
     for field in dataclasses.fields(group):
-        action = section.add_argument(f"--{field.name}", help=_help(field), **_argument(field, hints[field.name]))
+        text = field.metadata["help"].replace("%", "%%")
+        action = section.add_argument(f"--{field.name}", help=text, **_argument(field, hints[field.name]))
         action.structured = field.metadata["structured"]
         if action.required:
             continue
         action.default = _default(field)
-
-
-def _help(field):
-    text, default = field.metadata["help"], _default(field)
-    if isinstance(default, bool):
-        default = "on" if default else "off"
-    elif isinstance(default, list | tuple):
-        default = " ".join(map(str, default))
-    if default not in (None, "") and "default" not in text:
-        text = f"{text} (default: {default})"
-    return text.replace("%", "%%")
 
 
 def _argument(field, annotation) -> dict:
@@ -275,9 +338,7 @@ def parse(command: type[Command], argv: list[str] | None = None, description: st
     Raises:
         SystemExit: after a message of one line, if a flag or the recipe is wrong.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = FlagParser(description=description)
     for group in command.groups().values():
         add_flags(parser, group)
     args = parse_args_with_recipe(parser, argv)
@@ -302,7 +363,7 @@ def parse_args_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | No
     Raises:
         SystemExit: after a message, if the recipe cannot be read or holds an unknown flag or a bad value.
     """
-    parser.add_argument("--config", help="YAML file of flags; flags on the command line win")
+    parser.add_argument("--config", help="YAML file of further flags; those on the command line win")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     found, given = finder.parse_known_args(argv)

@@ -245,7 +245,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(workspace):
         (("--crops_per_image", "3"), "must be a multiple of --crops_per_image 3"),
         (("--resume_from_checkpoint", "checkpoint-9"), "checkpoint-9` does not exist"),
         (("--validation_steps", "0"), "--validation_steps: must be at least 1, but is 0"),
-        (("--codebook_ema_decay", "2"), "--codebook_ema_decay 2.0 must lie between 0 and 1"),
+        (("--codebook_ema_decay", "2"), "--codebook_ema_decay: must be above 0 and below 1, but is 2.0"),
     ],
 )
 def test_bad_arguments_are_named(workspace, extra, message, monkeypatch, capsys):

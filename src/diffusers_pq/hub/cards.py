@@ -4,7 +4,6 @@ Model cards: one template for the models of this repository and for those that t
 `python -m diffusers_pq.hub.cards [FOLDER]` writes the README.md of each model that `cards.yaml` there describes.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ..autoencoders import AUTOENCODERS, downsampling_factor, load_autoencoder, 
 from ..console import one_line_errors
 from ..evaluation.systems import SYSTEMS
 from ..files import read_json, replacing
+from ..flags import FlagParser
 from ..models.autoencoder_pq import PQModel
 from ..models.widening import widen_unet
 from .push import build_model, class_name, has_weights
@@ -297,7 +297,7 @@ def _evaluation_command(result: dict) -> str:
 
 def main(argv: list[str] | None = None):
     """Render the cards of a folder."""
-    parser = argparse.ArgumentParser(prog="python -m diffusers_pq.hub.cards", description=main.__doc__)
+    parser = FlagParser(prog="python -m diffusers_pq.hub.cards", description=main.__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("model_cards"), help="default: model_cards")
     repository = CardRepository(parser.parse_args(argv).folder)
     for name in repository.names():

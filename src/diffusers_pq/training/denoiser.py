@@ -79,7 +79,7 @@ class Stage:
     trained: str
 
     def __post_init__(self):
-        if self.resolution < 1 or self.steps < 1 or not self.learning_rate >= 0:
+        if self.resolution < 1 or self.steps < 1 or not 0 <= self.learning_rate < math.inf:
             raise ValueError(
                 f"a stage needs a resolution and steps of at least 1 and a learning rate of at least 0, but is {self}"
             )

@@ -132,7 +132,7 @@ class OptimisationOptions(Options):
     )
     allow_tf32: bool = flag(False, "let Ampere GPUs round float32 matrix products to TF32", differs="between machines")
     channels_last: bool = flag(False, "use the memory format that convolutions prefer", differs="between machines")
-    compile: bool = flag(False, "torch.compile the model", differs="between machines")
+    compile: bool = flag(False, "compile the model with torch.compile", differs="between machines")
     seed: int = flag(0, "seed of weights, order, crops and noise", minimum=0, maximum=2**32 - 1, fixed=True)
 
     def check(self):
@@ -180,7 +180,9 @@ class RunOptions(Options):
     checkpoints_total_limit: int | None = flag(
         None, "keep only so many of the newest checkpoints; by default all", minimum=1, differs="always"
     )
-    resume_from_checkpoint: str | None = flag(None, '"latest", a checkpoint, or "none"', differs="always")
+    resume_from_checkpoint: str | None = flag(
+        None, 'checkpoint to go on from: "latest", a folder, or "none"', differs="always"
+    )
     validation_steps: int = flag(5000, "steps between two validations", minimum=1, differs="always")
     num_validation_images: int = flag(64, "pictures to validate on", minimum=1, differs="always")
     push_to_hub: bool = flag(False, "upload the best and the last model", differs="always")
@@ -247,10 +249,14 @@ class NoiseOptions(Options):
     )
     rescale_betas_zero_snr: bool = flag(False, "end in pure noise; needs v prediction")
     noise_offset: float = flag(
-        0.0, "also add noise that is the same all over a channel, times this; helps with very dark and bright pictures"
+        0.0,
+        "also add noise that is the same all over a channel, times this; helps with very dark and bright pictures",
+        minimum=0,
     )
     input_perturbation: float = flag(
-        0.0, "also add noise that the denoiser is not told of, times this, against exposure bias; 0.1 is usual"
+        0.0,
+        "also add noise that the denoiser is not told of, times this, against exposure bias; 0.1 is usual",
+        minimum=0,
     )
 
     def check(self):

@@ -509,7 +509,9 @@ class AutoencoderOptimisationOptions(OptimisationOptions):
         fixed=True,
     )
     learning_rate: float = flag(4.5e-6, "learning rate, after the warm-up", minimum=0)
-    discriminator_learning_rate: float | None = flag(None, "defaults to --learning_rate", minimum=0)
+    discriminator_learning_rate: float | None = flag(
+        None, "learning rate of the discriminator; default: that of --learning_rate", minimum=0
+    )
     adam_beta1: float = with_default(OptimisationOptions, "adam_beta1", 0.5)
     adam_beta2: float = with_default(OptimisationOptions, "adam_beta2", 0.9)
 
@@ -520,10 +522,10 @@ class LossOptions(Options):
 
     title: ClassVar[str] = "losses (0 switches a term off)"
 
-    perceptual_weight: float = flag(1.0, "LPIPS", minimum=0)
-    codebook_weight: float = flag(1.0, "codebook and commitment loss of a PQModel", minimum=0)
-    kl_weight: float = flag(1e-6, "KL divergence of an AutoencoderKL", minimum=0)
-    discriminator_weight: float = flag(0.8, "adversarial loss, on top of the adaptive weight", minimum=0)
+    perceptual_weight: float = flag(1.0, "weight of the perceptual distance LPIPS", minimum=0)
+    codebook_weight: float = flag(1.0, "weight of the codebook and commitment loss of a PQModel", minimum=0)
+    kl_weight: float = flag(1e-6, "weight of the KL divergence of an AutoencoderKL", minimum=0)
+    discriminator_weight: float = flag(0.8, "weight of the adversarial loss, on top of the adaptive one", minimum=0)
     discriminator_start: int = flag(0, "steps before the discriminator and its loss come in", minimum=0)
 
 

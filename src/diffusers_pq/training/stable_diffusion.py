@@ -125,7 +125,7 @@ class AdaptationModelOptions(Options):
         "weights of the new channels, see widen_denoiser; random: no weight of the denoiser is kept",
         choices=("copy", "copy_scaled", "zero", "random"),
     )
-    train_text_encoder: bool = flag(False, "for pipelines whose text encoder is untrained", fixed=True)
+    train_text_encoder: bool = flag(False, "also train the text encoder, where it is untrained", fixed=True)
     lora_rank: int | None = flag(
         None,
         "train LoRA layers of this rank on attention, and the widened first and last layer in full",
@@ -181,7 +181,9 @@ class StagedOptimisationOptions(DenoiserOptimisationOptions):
         parse=parse_stages,
         structured=True,
     )
-    max_train_steps: int | None = flag(None, "default: all steps of the stages", minimum=1)
+    max_train_steps: int | None = flag(
+        None, "optimisation steps of the whole run; default: all of the stages", minimum=1
+    )
 
     def check(self):
         super().check()

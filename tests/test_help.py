@@ -1,0 +1,118 @@
+"""`--help` and the ranges of the flags of every command, script, experiment and benchmark."""
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from test_console import SCRIPTS
+
+from diffusers_pq.cli import _build_parser
+from diffusers_pq.flags import FlagParser
+from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions
+from diffusers_pq.training.pqgan import PQGANOptions
+from diffusers_pq.training.stable_diffusion import AdaptationOptions
+
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = next(action for action in _build_parser()._actions if action.dest == "command").choices
+TRAININGS = {
+    "train_pqgan.py": PQGANOptions,
+    "train_ldm.py": LatentDiffusionOptions,
+    "train_pqsd.py": AdaptationOptions,
+}
+# Numbers that may be anything: the sign of the power says which channels weigh more.
+UNBOUNDED = {"channel_weighting"}
+
+
+@pytest.fixture
+def parser_of(monkeypatch):
+    """Makes the parser of a script, which is caught before it reads anything."""
+
+    def make(script):
+        caught = []
+        monkeypatch.setattr(FlagParser, "parse_known_args", lambda self, *_: caught.append(self) or sys.exit(0))
+        program = runpy.run_path(str(script))
+        with pytest.raises(SystemExit):
+            program["parse_args"]([]) if "parse_args" in program else program["main"]()
+        return caught[0]
+
+    return make
+
+
+def unexplained(parser):
+    """The flags without a sentence, or whose default one cannot see."""
+    formatter = parser._get_formatter()
+    flags = [action for action in parser._actions if action.default is not argparse.SUPPRESS]
+    for action in flags:
+        text = formatter._expand_help(action) if action.help else ""
+        is_optional = action.option_strings and not action.required
+        if len(text.split()) < 3 or (is_optional and "default" not in text):
+            yield action.option_strings or action.dest, text
+
+
+def unbounded(parser):
+    return [action.dest for action in parser._actions if action.type in (int, float)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_flag_of_a_script_has_a_sentence_its_default_and_bounds(script, parser_of):
+    parser = parser_of(script)
+    assert not list(unexplained(parser))
+    assert script.name in TRAININGS or not unbounded(parser)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_of_a_command_has_a_sentence_its_default_and_bounds(name):
+    assert not list(unexplained(COMMANDS[name]))
+    assert set(unbounded(COMMANDS[name])) <= {"image_mean", "image_std"}, "the conversion looks at them together"
+
+
+@pytest.mark.parametrize("command", TRAININGS.values())
+def test_every_number_of_a_training_has_bounds(command):
+    bounds = ("minimum", "above", "maximum", "below")
+    for name, field in command.flags().items():
+        is_number = field.type in (int, float, int | None, float | None)
+        has_bounds = any(field.metadata[bound] is not None for bound in bounds)
+        assert has_bounds or not is_number or name in UNBOUNDED, name
+
+
+@pytest.mark.parametrize("text, shown", [("none", None), ("on", True), ("off", False), ("1 2", [1, 2]), ("5%", "5%")])
+def test_a_default_is_shown_as_one_would_give_it(text, shown):
+    parser = FlagParser()
+    parser.add_argument("--flag", default=shown, help="what it does")
+    assert f"what it does (default: {text})" in parser.format_help()
+
+
+NONSENSE = [
+    ("train_pqgan.py", "--ema_decay", "2"),
+    ("train_pqgan.py", "--max_grad_norm", "-1"),
+    ("train_pqgan.py", "--max_train_steps", "-5"),
+    ("train_pqgan.py", "--checkpoints_total_limit", "-1"),
+    ("train_pqgan.py", "--learning_rate", "inf"),
+    ("train_pqgan.py", "--learning_rate", "nan"),
+    ("train_pqsd.py", "--stages", "32:-2:1e-3:all"),
+    ("train_pqsd.py", "--stages", "32:2:nan:all"),
+    ("train_pqsd.py", "--stages", "32:2:inf:all"),
+    ("train_pqsd.py", "--lora_rank", "0"),
+    ("train_pqsd.py", "--noise_offset", "-0.1"),
+    ("train_ldm.py", "--noise_shift", "nan"),
+    ("encode_dataset.py", "--batch_size", "0"),
+    ("evaluate_reconstruction.py", "--max_samples", "-3"),
+    ("evaluate_generation.py", "--num_inference_steps", "0"),
+    ("create_stable_diffusion.py", "--vocab_size", "many"),
+    ("sweep_pqgan.py", "--codebook_size", "0"),
+    ("rate_distortion.py", "--qualities", "101"),
+]
+
+
+@pytest.mark.parametrize("name, flag, value", NONSENSE)
+def test_an_absurd_value_ends_in_one_line_that_names_flag_and_value(name, flag, value, capsys):
+    script = next(path for path in SCRIPTS if path.name == name)
+    needed = ("--pretrained_model_name_or_path", "m") if name == "train_pqsd.py" else ()
+    needed = ("--vae_name_or_path", "m", "--model_config_name_or_path", "c") if name == "train_ldm.py" else needed
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script))["parse_args"]([*needed, flag, value])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and flag in line and value in line
