@@ -70,6 +70,12 @@ def _build_parser() -> FlagParser:
     push.add_argument("--token", help="token to upload with; default: HF_TOKEN or that of `hf auth login`")
     push.set_defaults(run=_push)
 
+    code = commands.add_parser(
+        "write-code", help="write the code by which diffusers loads a saved model without diffusers_pq"
+    )
+    code.add_argument("folder", type=Path, help="of a model or a pipeline")
+    code.set_defaults(run=_write_code)
+
     convert = commands.add_parser(
         "convert", help="make a diffusers folder of an original VQGAN, PQGAN or LDM checkpoint"
     )
@@ -186,6 +192,13 @@ def _push(args):
     from .hub.push import push_folder
 
     print(push_folder(args.folder, args.repo_id, args.private, args.revision, args.token))
+
+
+def _write_code(args):
+    from .hub.code import write_code
+
+    for path in write_code(args.folder):
+        print(path)
 
 
 def _convert(args):

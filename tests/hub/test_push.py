@@ -10,6 +10,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from alone import run_alone
 from conftest import tiny_config, tiny_unet
 from diffusers import DDIMScheduler
 from hub_stand_in import Hub
@@ -170,6 +171,20 @@ print(json.dumps(report))
     assert report == {"class": True, "custom": ["StableDiffusionPQImg2ImgPipeline", True], "explicit": True}
 
 
+def test_auto_model_loads_a_pushed_model_where_diffusers_pq_is_not_installed(hub, pushed, tmp_path):
+    code = """
+import json
+from diffusers import AutoModel
+
+model = AutoModel.from_pretrained("org/model", trust_remote_code=True)
+print(json.dumps([type(model).__name__, float(model.quantizer.codebooks.sum())]))
+"""
+    name, total = run_alone(code, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
+    torch.manual_seed(0)
+    codebooks = PQModel(**tiny_config()).quantizer.codebooks.detach()
+    assert name == "PQModel" and total == pytest.approx(codebooks.sum().item())
+
+
 def test_a_pipeline_of_any_family_paints_the_same_after_a_push(client, root):
     for name, components in FAMILIES.items():
         pipeline = getattr(diffusers_pq, name)(**components(PQModel(**tiny_config()).eval(), 8))
@@ -267,6 +282,7 @@ def test_push_uploads_a_checked_folder_once(hub, client, root):
         """
 import contextlib
 import io
+import os
 from diffusers_pq.cli import main
 from diffusers_pq.hub.push import check_folder
 
@@ -276,6 +292,7 @@ def push(*arguments):
     return [status, out.getvalue().strip(), err.getvalue().strip().splitlines()[-1:]]
 
 model, pipeline = f"{root}/model", f"{root}/trained"
+os.remove(f"{pipeline}/vae/diffusers_pq.py")
 print(json.dumps({
     "cut": push(model, "org/card", "--private"),
     "repeated": push(model, "org/card", "--private"),

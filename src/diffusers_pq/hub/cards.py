@@ -21,6 +21,7 @@ from ..files import read_json, replacing
 from ..flags import FlagParser
 from ..models.autoencoder_pq import PQModel
 from ..models.widening import widen_unet
+from .code import write_present_code
 from .push import build_model, class_name, has_weights
 
 
@@ -210,11 +211,13 @@ class CardRepository:
         return [name for name in self.facts if "configuration" in self.facts[name] or (self.folder / name).is_dir()]
 
     def write(self, name: str) -> Path:
-        """Write a model's `README.md` and, of a pipeline without weights, its configuration; returns the former."""
+        """Write a model's `README.md`, its code and, of a pipeline without weights, its configuration."""
         configuration = self.facts[name].get("configuration")
         if configuration is not None:
             write_configuration(self.folder / name, **configuration | {"vae": self.folder / configuration["vae"]})
-        return save_card(self.card(name), self.folder / name)
+        card = self.card(name)
+        write_present_code(self.folder / name)
+        return save_card(card, self.folder / name)
 
     def card(self, name: str) -> ModelCard:
         """

@@ -18,6 +18,7 @@ import diffusers_pq
 
 from ..autoencoders import load_whole_model
 from ..files import read_json
+from .code import write_present_code
 
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,9 @@ def push_folder(
     token: str | None = None,
 ) -> str:
     """
-    Upload a folder with a model or a pipeline to the Hub as it is, after [`check_folder`]. Of the output folder of a
-    training run, checkpoints and logs stay behind.
+    Upload a folder with a model or a pipeline to the Hub, after [`check_folder`]. The code of models of this package
+    is brought up to date first, see [`~hub.code.write_code`]; else the folder stays as it is. Of the output folder of
+    a training run, checkpoints and logs stay behind.
 
     Repeating a push that broke off sends only what has not arrived; a folder that is there already makes no commit.
 
@@ -58,6 +60,7 @@ def push_folder(
             for a repository that exists and is public.
     """
     card = check_folder(folder)
+    write_present_code(Path(folder))
     api = HfApi(token=token)
     try:
         _validate(card, folder)

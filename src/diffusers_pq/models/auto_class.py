@@ -1,17 +1,18 @@
 """How `AutoModel` of diffusers finds the models of this package."""
 
+import inspect
 import json
 import os
 from pathlib import Path
 
 
-_CODE = "from diffusers_pq import {name}  # noqa: F401\n"
+CODE_FILE = "diffusers_pq.py"
 
 
 class AutoModelMixin:
     """
-    Put before a `ModelMixin`, lets `AutoModel.from_pretrained(folder, trust_remote_code=True)` load what it saves: by
-    an `auto_map` in its `config.json`, and code beside it that imports the class from `diffusers_pq`.
+    Put before a `ModelMixin`, lets `AutoModel.from_pretrained(folder, trust_remote_code=True)` load what it saves,
+    with or without `diffusers_pq`: by an `auto_map` in its `config.json`, and the code of the class beside it.
     """
 
     @classmethod
@@ -21,11 +22,27 @@ class AutoModelMixin:
 
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
-        config["auto_map"] = {"AutoModel": f"diffusers_pq.{type(self).__name__}"}
+        if self._is_shipped():
+            config["auto_map"] = {"AutoModel": f"{Path(CODE_FILE).stem}.{type(self).__name__}"}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike):
         """Write `config.json`, and the code beside it."""
         super().to_json_file(json_file_path)
-        code = _CODE.format(name=type(self).__name__)
-        Path(json_file_path).with_name("diffusers_pq.py").write_text(code, encoding="utf-8")
+        if self._is_shipped():
+            Path(json_file_path).with_name(CODE_FILE).write_text(self.code(), encoding="utf-8")
+
+    @classmethod
+    def code(cls) -> str:
+        """The class in one file that needs diffusers alone, see `diffusers_pq.models.standalone`."""
+        own_file = Path(inspect.getfile(cls))
+        if own_file.name == CODE_FILE:  # this is that file
+            return own_file.read_text(encoding="utf-8")
+        from . import standalone
+
+        return standalone.standalone_code(cls)
+
+    @classmethod
+    def _is_shipped(cls) -> bool:
+        """Of the package or of that file; a class that somebody derives from it has its code elsewhere."""
+        return Path(CODE_FILE).stem in cls.__module__.split(".")

@@ -1,20 +1,24 @@
 """Product quantisation by one Triton kernel, as operators for autograd, torch.compile and CUDA graphs."""
 
 import importlib.util
+from pathlib import Path
 
 import torch
 
 
 # Sub-vectors of more dimensions do not fit a thread's registers; for them a matrix product is faster.
 _MAX_DIMENSION = 16
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# The single file of `standalone_code` comes without the kernel.
+_HAS_KERNEL = (
+    importlib.util.find_spec("triton") is not None and Path(__file__).with_name("quantization_kernel.py").is_file()
+)
 
 
 def is_fusable(latents: torch.Tensor, codebooks: torch.Tensor) -> bool:
     """Whether the kernel runs on this device and for these shapes and dtypes; it needs no compilation to wait for."""
     return (
         latents.is_cuda
-        and _HAS_TRITON
+        and _HAS_KERNEL
         and codebooks.shape[-1] <= _MAX_DIMENSION
         and latents.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and codebooks.dtype == torch.float32
