@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the tables of the documentation anew from the results in JSON files.
+"""Render the tables of README.md and docs/ from the JSON files of their results.
 
     python experiments/update_pages.py
 
@@ -20,8 +20,7 @@ from diffusers_pq.flags import FlagParser
 
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results"
-PAGES = ("docs/systems.md", "docs/sweep.md", "docs/compression.md")
+EXPERIMENTS = ROOT / "experiments" / "results"
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -30,29 +29,38 @@ def sweep_table(record):
     return report(rows, judge(rows))
 
 
-# name of a JSON file in experiments/results -> what makes Markdown of it
+# name of a table -> JSON file of its results, what renders them
 TABLES = {
-    "quantizer_comparison": results_table,
-    "sweep_normal": sweep_table,
-    "sweep_kmeans": sweep_table,
-    "rate_distortion": at_equal_quality,
+    "quantizer_comparison": (EXPERIMENTS / "quantizer_comparison.json", results_table),
+    "sweep_normal": (EXPERIMENTS / "sweep_normal.json", sweep_table),
+    "sweep_kmeans": (EXPERIMENTS / "sweep_kmeans.json", sweep_table),
+    "rate_distortion": (EXPERIMENTS / "rate_distortion.json", at_equal_quality),
 }
 
 
+def pages():
+    """README.md and the pages of docs/ that hold tables."""
+    candidates = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [page for page in candidates if BLOCK.search(page.read_text(encoding="utf-8"))]
+
+
 def rendered(name):
-    return TABLES[name](read_json(RESULTS / f"{name}.json")).strip()
+    if name not in TABLES:
+        raise ValueError(f"`<!-- {name} -->` is no table: the names are {', '.join(TABLES)}.")
+    path, render = TABLES[name]
+    return render(read_json(path)).strip()
 
 
-def updated(page):
-    """The text of a page with its tables written anew."""
-    return BLOCK.sub(lambda block: f"{block[1]}\n{rendered(block[2])}\n\n{block[3]}", page.read_text(encoding="utf-8"))
+def updated(text):
+    """The text of a page with its tables rendered."""
+    return BLOCK.sub(lambda block: f"{block[1]}\n{rendered(block[2])}\n\n{block[3]}", text)
 
 
 def main():
     FlagParser(description=__doc__).parse_args()
-    for name in PAGES:
-        write_text(ROOT / name, updated(ROOT / name))
-        print(name)
+    for page in pages():
+        write_text(page, updated(page.read_text(encoding="utf-8")))
+        print(page.relative_to(ROOT))
 
 
 if __name__ == "__main__":
