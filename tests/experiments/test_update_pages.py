@@ -28,5 +28,3 @@ def test_a_table_is_replaced_and_the_text_around_it_stays():
 def test_a_table_that_nobody_renders_is_named():
     with pytest.raises(ValueError, match="<!-- unknown -->` is no table: the names are"):
         updated("<!-- unknown -->\n<!-- end -->\n")
-
-
