@@ -13,7 +13,7 @@ from diffusers.optimization import get_constant_schedule
 from diffusers_pq import PQModel
 from diffusers_pq.flags import parse
 from diffusers_pq.models.class_conditioning import create_class_conditional_denoiser
-from diffusers_pq.training.denoiser import ClassConditionalDenoiser, DenoiserTrainer
+from diffusers_pq.training.denoiser import ClassConditionalDenoiser, DenoiserTrainer, DenoisingObjective
 from diffusers_pq.training.noise import create_scheduler, denoising_loss
 from diffusers_pq.training.pqgan import (
     AutoencoderLoss,
@@ -102,7 +102,8 @@ def test_a_denoiser_learns_eight_latents_by_heart(objective):
     denoiser = ClassConditionalDenoiser(create_class_conditional_denoiser(config, 4, 2, num_classes=8))
     scheduler = create_scheduler(objective)
     optimizer = torch.optim.AdamW(denoiser.parameters(), 1e-2)
-    trainer = DenoiserTrainer(accelerator, denoiser, optimizer, get_constant_schedule(optimizer), scheduler)
+    objective = DenoisingObjective(vae=None, scheduler=scheduler)
+    trainer = DenoiserTrainer(accelerator, denoiser, optimizer, get_constant_schedule(optimizer), objective)
 
     @torch.no_grad()
     def loss():

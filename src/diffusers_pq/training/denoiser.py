@@ -1,15 +1,20 @@
-"""How a denoiser is trained on latents, whatever it is conditioned on: its stages, optimisation steps and the run."""
+"""
+How a denoiser is trained, whatever it is conditioned on and whether its noise is Gaussian or a mask: its objective,
+stages, optimisation steps and the run.
+"""
 
 import argparse
 import logging
 import math
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Protocol, Self
 
 import torch
 import torch.nn as nn
@@ -34,6 +39,7 @@ from .families import EncodedCaptions, Family
 from .noise import denoising_loss
 from .optimizers import build_optimizer
 from .options import (
+    ConditionedDataOptions,
     DenoiserDataOptions,
     DenoiserOptimisationOptions,
     DenoiserRunOptions,
@@ -284,6 +290,110 @@ def save_lora(denoiser: nn.Module, pipeline_class: type, folder: str | os.PathLi
     )
 
 
+class Objective(Protocol):
+    """What is learned from a batch; `inputs` and `condition` of the batch go to `losses`."""
+
+    def inputs(self, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+        """What the model learns from, of a batch with `pixel_values` or `codes`, on a device."""
+
+    def losses(
+        self, model: nn.Module, inputs: torch.Tensor, condition, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """The loss of each example, `[B]`."""
+
+    def for_validation(self) -> Self:
+        """The same without what only helps the training."""
+
+
+@dataclass
+class DenoisingObjective:
+    """
+    To denoise latents.
+
+    Args:
+        vae (`nn.Module`): See [`encode_latents`]; its statistics are set before the first loss.
+        scheduler: See [`denoising_loss`].
+        channel_weighting (`float`): See [`channel_weights`].
+        snr_gamma (`float`, *optional*): See [`denoising_loss`].
+        weighting_scheme (`str`): See [`draw_timesteps`].
+        noise_offset, input_perturbation (`float`): See [`denoising_loss`].
+    """
+
+    vae: nn.Module
+    scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler
+    channel_weighting: float = 0.0
+    snr_gamma: float | None = None
+    weighting_scheme: str = "none"
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+
+    @classmethod
+    def of(cls, noise: NoiseOptions, vae: nn.Module, scheduler, weighting_scheme: str) -> Self:
+        """
+        The objective that options ask for.
+
+        Raises:
+            ValueError: if options contradict each other.
+        """
+        if noise.snr_gamma is not None and noise.rescale_betas_zero_snr:
+            raise ValueError(
+                "--snr_gamma leaves the last timestep of --rescale_betas_zero_snr untrained: give one of them."
+            )
+        return cls(
+            vae,
+            scheduler,
+            noise.channel_weighting,
+            noise.snr_gamma,
+            weighting_scheme,
+            noise.noise_offset,
+            noise.input_perturbation,
+        )
+
+    @cached_property
+    def _channel_weights(self) -> torch.Tensor | None:
+        return channel_weights(self.vae, self.channel_weighting)
+
+    def inputs(self, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+        """Normalised latents `[B, d, h, w]`."""
+        return scale_latents(self.vae, latents_of(self.vae, batch, device))
+
+    def losses(
+        self, model: nn.Module, inputs: torch.Tensor, condition, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """See [`denoising_loss`]."""
+        return denoising_loss(
+            model,
+            self.scheduler,
+            inputs,
+            condition,
+            snr_gamma=self.snr_gamma,
+            channel_weights=self._channel_weights,
+            generator=generator,
+            weighting_scheme=self.weighting_scheme,
+            noise_offset=self.noise_offset,
+            input_perturbation=self.input_perturbation,
+        )
+
+    def for_validation(self) -> Self:
+        """All timesteps weigh alike, and noise is plain."""
+        return DenoisingObjective(self.vae, self.scheduler, self.channel_weighting)
+
+
+@contextmanager
+def fetched(vae: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """An autoencoder on a device, to which it is fetched for the moment if it waits elsewhere."""
+    with offload_models(vae, device=device, offload=vae.device.type != device.type):
+        yield vae
+
+
+def latents_of(vae: nn.Module, batch: dict, device: torch.device) -> torch.Tensor:
+    """Unscaled latents of a batch of pictures or of cached codes, on a device."""
+    if "codes" in batch:
+        return vae.quantizer.lookup(batch["codes"].to(vae.device)).to(device)
+    with fetched(vae, device):
+        return encode_latents(vae, batch["pixel_values"])
+
+
 class DenoiserTrainer:
     """
     A denoiser and what a step does with it.
@@ -291,14 +401,10 @@ class DenoiserTrainer:
     Args:
         accelerator (`Accelerator`)
         denoiser, optimizer, lr_scheduler: Prepared by the accelerator.
-        scheduler: See [`denoising_loss`].
-        snr_gamma (`float`, *optional*): See [`denoising_loss`].
+        objective ([`Objective`])
         max_grad_norm (`float`, *optional*): See [`FiniteSteps`].
         max_skipped_steps (`int`): See [`FiniteSteps`].
         ema (`EMAModel`, *optional*): Of the denoiser's `learned_parameters`.
-        channel_weights (`torch.Tensor`, *optional*): See [`denoising_loss`].
-        weighting_scheme (`str`): See [`draw_timesteps`].
-        noise_offset, input_perturbation (`float`): See [`denoising_loss`].
     """
 
     def __init__(
@@ -307,29 +413,24 @@ class DenoiserTrainer:
         denoiser: nn.Module,
         optimizer,
         lr_scheduler,
-        scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
-        snr_gamma: float | None = None,
+        objective: Objective,
         max_grad_norm: float | None = None,
         max_skipped_steps: int = 10,
         ema: EMAModel | None = None,
-        channel_weights: torch.Tensor | None = None,
-        weighting_scheme: str = "none",
-        noise_offset: float = 0.0,
-        input_perturbation: float = 0.0,
     ):
         self.accelerator = accelerator
         self.denoiser, self.optimizer, self.lr_scheduler = denoiser, optimizer, lr_scheduler
-        self.scheduler = scheduler
-        self.weighting = {"snr_gamma": snr_gamma, "channel_weights": channel_weights}
-        self.weighting |= {"weighting_scheme": weighting_scheme}
-        self.weighting |= {"noise_offset": noise_offset, "input_perturbation": input_perturbation}
+        self.objective = objective
         self.steps = FiniteSteps(accelerator, max_grad_norm, max_skipped_steps)
         self.ema = ema
 
-    def step(self, latents: torch.Tensor, condition: torch.Tensor | Mapping) -> dict[str, torch.Tensor] | None:
-        """Learn from one batch of latents; returns what to log, `None` while gradients are being accumulated."""
+    def step(self, inputs: torch.Tensor, condition: torch.Tensor | Mapping) -> dict[str, torch.Tensor] | None:
+        """
+        Learn from what the objective makes of one batch; returns what to log, `None` while gradients are being
+        accumulated.
+        """
         with self.accelerator.accumulate(self.denoiser):
-            loss = denoising_loss(self.denoiser, self.scheduler, latents, condition, **self.weighting).mean()
+            loss = self.objective.losses(self.denoiser, inputs, condition).mean()
             self.accelerator.backward(loss)
             self.steps.step(self.optimizer, self.denoiser.parameters())
             self.lr_scheduler.step()
@@ -342,16 +443,14 @@ class DenoiserTrainer:
 
 class DenoisingValidation:
     """
-    Measures the denoising loss on held-out pictures, with the same noise and timesteps each time.
+    Measures the loss on held-out pictures, with the same noise each time.
 
     Args:
         accelerator (`Accelerator`): The pictures are shared out among its processes.
         rows (`list[dict]`): What [`usable_rows`] returns, the same in every process.
         transform: Makes an example from a row and a `random.Random`, such as [`ConditionedCrops`].
-        vae: See [`encode_latents`].
-        scheduler: See [`denoising_loss`].
+        objective ([`Objective`])
         batch_size (`int`): Per process.
-        channel_weights (`torch.Tensor`, *optional*): See [`denoising_loss`].
     """
 
     def __init__(
@@ -359,15 +458,11 @@ class DenoisingValidation:
         accelerator: Accelerator,
         rows: list[dict],
         transform: Callable,
-        vae: nn.Module,
-        scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler,
+        objective: Objective,
         batch_size: int,
-        channel_weights: torch.Tensor | None = None,
     ):
         self.accelerator = accelerator
-        self.vae = vae
-        self.channel_weights = channel_weights
-        self.scheduler = scheduler
+        self.objective = objective
         rows, self.count = share_out(rows, accelerator)
         examples = [transform(row, random.Random(number)) for number, row in enumerate(rows)]
         self.loader = DataLoader(examples, batch_size=batch_size)
@@ -382,10 +477,8 @@ class DenoisingValidation:
         denoiser.eval()
         remaining = self.count
         for batch in self.loader:
-            latents = scale_latents(self.vae, _latents_of(self.vae, batch, device))
             condition = send_to_device(batch["condition"], device)
-            weights = {"channel_weights": self.channel_weights}
-            losses = denoising_loss(denoiser, self.scheduler, latents, condition, **weights, generator=generator)
+            losses = self.objective.losses(denoiser, self.objective.inputs(batch, device), condition, generator)
             mean.update(losses[:remaining])
             remaining = max(0, remaining - len(losses))
         denoiser.train(was_training)
@@ -396,9 +489,8 @@ class DenoisingValidation:
 class DenoiserOptions(TrainingOptions):
     """What every training of a denoiser has."""
 
-    data: DenoiserDataOptions
+    data: ConditionedDataOptions
     optim: DenoiserOptimisationOptions
-    noise: NoiseOptions
     run: DenoiserRunOptions
 
 
@@ -408,10 +500,9 @@ class DenoiserTask:
     What a script trains.
 
     Args:
-        denoiser (`nn.Module`): Its forward takes noisy latents, timesteps and conditions and gives a prediction; its
-            `learned_parameters` are trained.
+        denoiser (`nn.Module`): Its forward is called by the objective; its `learned_parameters` are trained.
         vae (`nn.Module`): See [`encode_latents`].
-        scheduler: See [`denoising_loss`].
+        objective ([`Objective`])
         stages (`Sequence[Stage]`): Of the run, one after the other.
         condition_column (`str`): Of the dataset.
         condition ([`Prompts`] or [`ClassLabels`]): Of the pictures that are trained on.
@@ -419,7 +510,6 @@ class DenoiserTask:
         save: Writes the trained model; takes the trainer and a folder and is called by all processes.
         paint: Makes uint8 pictures `[N, 3, H, W]` for the log; called by the main process, or `None`.
         start_stage: Called with the denoiser and a stage at the stage's beginning.
-        weighting_scheme (`str`): See [`draw_timesteps`].
         with_sizes (`bool`): Whether conditions hold sizes, see [`ConditionedCrops`].
         parts (`dict[str, nn.Module]`): That a dry run counts, by name.
         offloaded (`tuple[nn.Module, ...]`): What waits on the CPU and is fetched to paint.
@@ -427,7 +517,7 @@ class DenoiserTask:
 
     denoiser: nn.Module
     vae: nn.Module
-    scheduler: object
+    objective: Objective
     stages: Sequence[Stage]
     condition_column: str
     condition: Prompts | ClassLabels
@@ -435,7 +525,6 @@ class DenoiserTask:
     save: Callable[[DenoiserTrainer, Path], object]
     paint: Callable[[], torch.Tensor] | None = None
     start_stage: Callable[[nn.Module, Stage], object] = lambda denoiser, stage: None
-    weighting_scheme: str = "none"
     with_sizes: bool = False
     parts: dict[str, nn.Module] = field(default_factory=dict)
     offloaded: tuple[nn.Module, ...] = ()
@@ -454,15 +543,9 @@ def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: Trai
     Raises:
         ValueError: if options contradict each other.
     """
-    data, noise = options.data, options.noise
-    if noise.snr_gamma is not None and noise.rescale_betas_zero_snr:
-        raise ValueError(
-            "--snr_gamma leaves the last timestep of --rescale_betas_zero_snr untrained: give one of them."
-        )
+    data = options.data
     if not options.optim.offload:
         task.vae.to(accelerator.device)
-    if run.checkpoint is None and data.num_statistics_images:
-        _measure_statistics(options, accelerator, task)
     if options.optim.num_train_epochs is not None:
         rows, _ = load_training_data(data, task, task.stages[-1].resolution)
         count_steps(options.optim, rows, options.optim.train_batch_size, accelerator)
@@ -474,7 +557,7 @@ def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: Trai
     loader = _build_loader(options, accelerator, load_training_data(data, task, stage.resolution), run.step)
     if options.run.dry_run:
         batches = iter(loader)
-        dry_run(options, accelerator, task.parts, [trainer.optimizer], lambda: _take_step(trainer, task.vae, batches))
+        dry_run(options, accelerator, task.parts, [trainer.optimizer], lambda: _take_step(trainer, batches))
         return
     validation = _build_validation(options, accelerator, task)
     run.start(trainer.ema)
@@ -491,7 +574,7 @@ def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: Trai
             pictures = load_training_data(data, task, stage.resolution)
             change_data(loader, *pictures, _samples_seen(options.optim, accelerator, run.step))
             batches = iter(loader)
-        logs = _take_step(trainer, task.vae, batches)
+        logs = _take_step(trainer, batches)
         run.advance()
         if run.is_due(options.run.logging_steps):
             logs |= {"lr": trainer.lr_scheduler.get_last_lr()[0], "resolution": stage.resolution}
@@ -515,7 +598,7 @@ def saved_autoencoder(run: TrainingRun) -> Path:
     return beside if beside.is_dir() else Path(run.options.run.output_dir, "vae")
 
 
-def load_training_data(data: DenoiserDataOptions, task: DenoiserTask, resolution: int) -> tuple:
+def load_training_data(data: ConditionedDataOptions, task: DenoiserTask, resolution: int) -> tuple:
     """The rows to train on at a resolution, and the transform that makes examples of them."""
     if data.latents_dir:
         source = data.latents_dir, resolution, task.vae, task.condition, data.cache_dir
@@ -540,36 +623,38 @@ def check_resolution(name: str, resolution: int, factor: int, patch_size: int = 
         raise ValueError(f"{name}: {resolution} must be a multiple of the downsampling factor F = {factor}{patches}.")
 
 
-def paint_each(model: nn.Module, pipeline: Callable, inputs: list, seed: int) -> torch.Tensor:
-    """A picture of each input of a pipeline, uint8 `[N, 3, H, W]`; `model`, its denoiser, is left in training mode."""
+def paint_each(model: nn.Module, pipeline: Callable, argument: str, values: list, seed: int) -> torch.Tensor:
+    """
+    A picture of each value of a pipeline's argument, uint8 `[N, 3, H, W]`; `model`, its denoiser, is left in training
+    mode.
+    """
     model.eval()
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(inputs))]
-    images = pipeline(inputs, generator=generators, output_type="pt").images
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(values))]
+    images = pipeline(**{argument: values}, generator=generators, output_type="pt").images
     model.train()
     return (images * 255).round().to(torch.uint8).cpu()
 
 
-def _latents_of(vae: nn.Module, batch: dict, device: torch.device) -> torch.Tensor:
-    """Unscaled latents of a batch of pictures or of cached codes; an autoencoder that waits elsewhere is fetched."""
-    if "codes" in batch:
-        return vae.quantizer.lookup(batch["codes"].to(vae.device)).to(device)
-    with offload_models(vae, device=device, offload=vae.device.type != device.type):
-        return encode_latents(vae, batch["pixel_values"])
-
-
-def _measure_statistics(options, accelerator, task):
-    """Of the run's first pictures, at the resolution of the last stage."""
-    data, optim = options.data, options.optim
+def measure_statistics(
+    data: DenoiserDataOptions, optim: DenoiserOptimisationOptions, accelerator: Accelerator, run: TrainingRun, task
+):
+    """
+    Set the statistics of the latents by the run's first pictures, at the resolution of the last stage; a run that is
+    resumed has them.
+    """
+    if run.checkpoint is not None or not data.num_statistics_images:
+        return
     rows, transform = load_training_data(data, task, task.stages[-1].resolution)
     batches = first_batches(rows, transform, optim.train_batch_size, None, optim.seed, data.shuffle_buffer)
     count = math.ceil(data.num_statistics_images / optim.train_batch_size)
     device = accelerator.device
-    set_latent_statistics(task.vae, (_latents_of(task.vae, batch, device) for batch in islice(batches, count)))
+    with fetched(task.vae, device):
+        set_latent_statistics(task.vae, (latents_of(task.vae, batch, device) for batch in islice(batches, count)))
 
 
 def _build_trainer(options, accelerator, task) -> DenoiserTrainer:
-    optim, noise = options.optim, options.noise
+    optim = options.optim
     learned, learning_rate = task.denoiser.learned_parameters(), task.stages[0].learning_rate
     optimizer = build_optimizer(optim, learned, learning_rate, optim.adam_weight_decay)
     lr_scheduler = _build_lr_scheduler(optim, task.stages, optimizer, accelerator.num_processes)
@@ -582,15 +667,10 @@ def _build_trainer(options, accelerator, task) -> DenoiserTrainer:
     return DenoiserTrainer(
         accelerator,
         *prepared,
-        task.scheduler,
-        snr_gamma=noise.snr_gamma,
+        task.objective,
         max_grad_norm=optim.max_grad_norm,
         max_skipped_steps=optim.max_skipped_steps,
         ema=ema,
-        channel_weights=channel_weights(task.vae, noise.channel_weighting),
-        weighting_scheme=task.weighting_scheme,
-        noise_offset=noise.noise_offset,
-        input_perturbation=noise.input_perturbation,
     )
 
 
@@ -639,17 +719,16 @@ def _build_validation(options, accelerator, task) -> DenoisingValidation | None:
     resolution = task.stages[-1].resolution
     crops = Crops(column, resolution, resize_mode="short_side", center_crop=True, min_image_side=1)
     transform = ConditionedCrops(crops, task.validation_condition, task.with_sizes)
-    weights = channel_weights(task.vae, options.noise.channel_weighting)
-    latents = task.vae, task.scheduler, options.optim.train_batch_size, weights
-    return DenoisingValidation(accelerator, rows, transform, *latents)
+    objective, batch_size = task.objective.for_validation(), options.optim.train_batch_size
+    return DenoisingValidation(accelerator, rows, transform, objective, batch_size)
 
 
-def _take_step(trainer, vae, batches) -> dict[str, torch.Tensor]:
+def _take_step(trainer, batches) -> dict[str, torch.Tensor]:
     def learn():
         batch = next(batches)
         # Not in mixed precision: the latents are those that `encode_dataset.py` writes.
-        latents = scale_latents(vae, _latents_of(vae, batch, trainer.accelerator.device))
-        return trainer.step(latents, send_to_device(batch["condition"], latents.device))
+        inputs = trainer.objective.inputs(batch, trainer.accelerator.device)
+        return trainer.step(inputs, send_to_device(batch["condition"], inputs.device))
 
     return complete_step(learn)
 

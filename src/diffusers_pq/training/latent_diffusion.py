@@ -18,14 +18,22 @@ from .denoiser import (
     ClassConditionalDenoiser,
     DenoiserOptions,
     DenoiserTask,
+    DenoisingObjective,
     Stage,
     check_resolution,
+    measure_statistics,
     paint_each,
     saved_autoencoder,
     train_denoiser,
 )
 from .noise import create_scheduler, latent_shift
-from .options import DenoiserDataOptions, DenoiserOptimisationOptions, DenoiserRunOptions, NoiseOptions
+from .options import (
+    DenoiserDataOptions,
+    DenoiserOptimisationOptions,
+    DenoiserRunOptions,
+    LabelledDataOptions,
+    NoiseOptions,
+)
 from .run import TrainingRun, create_accelerator, load_split, prepare_model, whole_module
 from .uploads import BestModel
 
@@ -80,13 +88,8 @@ class ObjectiveOptions(NoiseOptions):
 
 
 @dataclass(kw_only=True)
-class LabelledDataOptions(DenoiserDataOptions):
-    """What labelled pictures to train on."""
-
-    label_column: str = flag("label", "column of the classes: ClassLabel, whole numbers or strings")
-    class_names_file: str | None = flag(None, "text file with a name in each line; for streams that hold none")
-    resolution: int = flag(256, "side of the pictures, in pixels", minimum=1)
-    proportion_empty_labels: float = flag(0.1, "labels left out, for classifier-free guidance", minimum=0, maximum=1)
+class LabelledLatentsOptions(LabelledDataOptions, DenoiserDataOptions):
+    """What labelled pictures to train on, as latents."""
 
 
 @dataclass(kw_only=True)
@@ -113,7 +116,7 @@ class LatentDiffusionOptions(DenoiserOptions):
 
     model: LatentDiffusionModelOptions
     noise: ObjectiveOptions
-    data: LabelledDataOptions
+    data: LabelledLatentsOptions
     optim: LatentDiffusionOptimisationOptions
     run: LatentDiffusionRunOptions
 
@@ -140,7 +143,9 @@ def train_latent_diffusion(options: LatentDiffusionOptions):
     pipeline = _build_pipeline(options, run, names)
     logger.info("%d classes: %s", num_classes(pipeline.denoiser), ", ".join(names[:10]))
     pipeline.get_label_ids(labels)  # a wrong one shows before the training
-    train_denoiser(options, accelerator, run, _build_task(options, pipeline, names))
+    task = _build_task(options, pipeline, names)
+    measure_statistics(data, options.optim, accelerator, run, task)
+    train_denoiser(options, accelerator, run, task)
 
 
 def _build_pipeline(options, run, names):
@@ -180,14 +185,15 @@ def _build_task(options, pipeline, names):
     return DenoiserTask(
         denoiser=ClassConditionalDenoiser(pipeline.denoiser),
         vae=pipeline.vae,
-        scheduler=pipeline.scheduler,
+        objective=DenoisingObjective.of(
+            options.noise, pipeline.vae, pipeline.scheduler, options.noise.weighting_scheme
+        ),
         stages=[Stage(data.resolution, optim.max_train_steps, optim.learning_rate, "all")],
         condition_column=data.label_column,
         condition=ClassLabels(data.label_column, names, data.proportion_empty_labels),
         validation_condition=ClassLabels(data.label_column, names),
         save=partial(_save_pipeline, pipeline),
-        paint=partial(paint_each, pipeline.denoiser, pipeline, labels, optim.seed) if labels else None,
-        weighting_scheme=options.noise.weighting_scheme,
+        paint=partial(paint_each, pipeline.denoiser, pipeline, "class_labels", labels, optim.seed) if labels else None,
         parts=_component(pipeline.denoiser) | {"vae": pipeline.vae},
     )
 

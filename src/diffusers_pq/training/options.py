@@ -198,13 +198,29 @@ class RunOptions(Options):
 
 
 @dataclass(kw_only=True)
-class DenoiserDataOptions(DataOptions):
-    """What pictures a denoiser is trained on."""
+class ConditionedDataOptions(DataOptions):
+    """What pictures, with conditions, to train on, or what codes of them."""
 
     latents_dir: str | None = flag(
         None, "what `encode_dataset.py` wrote; pictures are then read for validation only", differs="between machines"
     )
     center_crop: bool = flag(False, "take the middle of each picture instead of a random part")
+
+
+@dataclass(kw_only=True)
+class LabelledDataOptions(ConditionedDataOptions):
+    """What labelled pictures to train on."""
+
+    label_column: str = flag("label", "column of the classes: ClassLabel, whole numbers or strings")
+    class_names_file: str | None = flag(None, "text file with a name in each line; for streams that hold none")
+    resolution: int = flag(256, "side of the pictures, in pixels", minimum=1)
+    proportion_empty_labels: float = flag(0.1, "labels left out, for classifier-free guidance", minimum=0, maximum=1)
+
+
+@dataclass(kw_only=True)
+class DenoiserDataOptions(ConditionedDataOptions):
+    """What pictures a denoiser of latents is trained on."""
+
     num_statistics_images: int = flag(
         1000,
         "pictures that the latents' mean and std are taken of; 0 keeps those in the autoencoder's config",

@@ -28,8 +28,10 @@ from .denoiser import (
     ConditionalDenoiser,
     DenoiserOptions,
     DenoiserTask,
+    DenoisingObjective,
     Stage,
     check_resolution,
+    measure_statistics,
     paint_each,
     parse_stages,
     save_lora,
@@ -263,7 +265,9 @@ def adapt_stable_diffusion(options: AdaptationOptions):
         )
     run = TrainingRun(options, accelerator, BestModel(options.run.output_dir, "loss", lower_is_better=True))
     family, pipeline = _build_pipeline(options, run)
-    train_denoiser(options, accelerator, run, _build_task(options, accelerator, family, pipeline))
+    task = _build_task(options, accelerator, family, pipeline)
+    measure_statistics(options.data, options.optim, accelerator, run, task)
+    train_denoiser(options, accelerator, run, task)
 
 
 def _build_pipeline(options, run):
@@ -376,15 +380,16 @@ def _build_task(options, accelerator, family, pipeline):
     return DenoiserTask(
         denoiser=conditional,
         vae=pipeline.vae,
-        scheduler=pipeline.scheduler,
+        objective=DenoisingObjective.of(
+            options.noise, pipeline.vae, pipeline.scheduler, options.noise.weighting_scheme or family.weighting_scheme
+        ),
         stages=optim.stages,
         condition_column=data.caption_column,
         condition=Prompts(data.caption_column, condition, data.proportion_empty_prompts),
         validation_condition=Prompts(data.caption_column, condition),
         save=partial(_save_pipeline, pipeline, bool(options.model.lora_rank)),
-        paint=partial(paint_each, denoiser, pipeline, prompts, optim.seed) if prompts else None,
+        paint=partial(paint_each, denoiser, pipeline, "prompt", prompts, optim.seed) if prompts else None,
         start_stage=lambda denoiser, stage: denoiser.train_only(stage.trained),
-        weighting_scheme=options.noise.weighting_scheme or family.weighting_scheme,
         with_sizes=family.takes_sizes,
         parts={family.denoiser_name: denoiser, **text_encoders, "vae": pipeline.vae},
         offloaded=(frozen if waits else ()) + ((pipeline.vae,) if optim.offload else ()),
