@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test fuzz torture test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini sweep-mini benchmarks
+.PHONY: install demo test fuzz torture test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini train-masked-mini sweep-mini benchmarks
 
 # Which mini model `make train-mini` trains, and `make train-ldm-mini` trains on: pq, vq or kl.
 MINI ?= pq
@@ -126,6 +126,11 @@ train-ldm-mini: install data/stamps
 	$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/train_ldm.py \
 		--config training_scripts/recipes/ldm-mini.yaml --vae_name_or_path model_cards/pqgan-mini-f8-$(MINI) \
 		--output_dir runs/ldm-mini-$(MINI)
+
+# Generation from the codes in small: of stamps, by category.
+train-masked-mini: install data/stamps
+	$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/train_masked.py \
+		--config training_scripts/recipes/masked-mini.yaml
 
 # Nothing else should run beside them. On 2 cores the second takes about an hour, the others some ten minutes each.
 benchmarks: install data/debian-tiles

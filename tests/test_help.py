@@ -11,6 +11,7 @@ from test_console import SCRIPTS
 from diffusers_pq.cli import _build_parser
 from diffusers_pq.flags import FlagParser
 from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions
+from diffusers_pq.training.masked import MaskedOptions
 from diffusers_pq.training.pqgan import PQGANOptions
 from diffusers_pq.training.stable_diffusion import AdaptationOptions
 
@@ -20,6 +21,7 @@ COMMANDS = next(action for action in _build_parser()._actions if action.dest == 
 TRAININGS = {
     "train_pqgan.py": PQGANOptions,
     "train_ldm.py": LatentDiffusionOptions,
+    "train_masked.py": MaskedOptions,
     "train_pqsd.py": AdaptationOptions,
 }
 # Numbers that may be anything: the sign of the power says which channels weigh more.
@@ -98,6 +100,7 @@ NONSENSE = [
     ("train_pqsd.py", "--lora_rank", "0"),
     ("train_pqsd.py", "--noise_offset", "-0.1"),
     ("train_ldm.py", "--noise_shift", "nan"),
+    ("train_masked.py", "--label_smoothing", "1"),
     ("encode_dataset.py", "--batch_size", "0"),
     ("evaluate_reconstruction.py", "--max_samples", "-3"),
     ("evaluate_generation.py", "--num_inference_steps", "0"),
@@ -111,7 +114,8 @@ NONSENSE = [
 def test_an_absurd_value_ends_in_one_line_that_names_flag_and_value(name, flag, value, capsys):
     script = next(path for path in SCRIPTS if path.name == name)
     needed = ("--pretrained_model_name_or_path", "m") if name == "train_pqsd.py" else ()
-    needed = ("--vae_name_or_path", "m", "--model_config_name_or_path", "c") if name == "train_ldm.py" else needed
+    if name in ("train_ldm.py", "train_masked.py"):
+        needed = ("--vae_name_or_path", "m", "--model_config_name_or_path", "c")
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(script))["parse_args"]([*needed, flag, value])
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Encode a dataset's pictures once to packed codes of a PQModel, for `--latents_dir` of `train_pqsd.py` and
-`train_ldm.py`.
+"""Encode a dataset's pictures once to packed codes of a PQModel, for `--latents_dir` of `train_pqsd.py`,
+`train_ldm.py` and `train_masked.py`.
 
     accelerate launch training_scripts/encode_dataset.py --vae_name_or_path runs/pqgan-f8-768 \\
         --train_data_dir data/unsplash-full --resolution 768 --output_dir data/unsplash-codes

@@ -44,9 +44,9 @@ def test_codes_are_taken_from_the_cache_or_encoded():
     torch.manual_seed(0)
     vae = PQModel(**tiny_config()).eval()
     pictures = torch.rand(2, 3, 32, 32) * 2 - 1
-    codes = MaskedObjective(vae).inputs({"pixel_values": pictures})
+    codes = MaskedObjective(vae).inputs({"pixel_values": pictures}, pictures.device)
     assert torch.equal(codes, vae.encode_codes(pictures))
-    assert torch.equal(MaskedObjective(vae).inputs({"codes": codes}), codes)
+    assert torch.equal(MaskedObjective(vae).inputs({"codes": codes}, codes.device), codes)
 
 
 def test_eight_pictures_are_learned():

@@ -67,7 +67,7 @@ def test_a_missing_recipe_is_named(parser, capsys):
 
 
 TRAIN_PQSD = "training_scripts/train_pqsd.py"
-SCRIPTS = {"pqgan": "training_scripts/train_pqgan.py", "ldm": "training_scripts/train_ldm.py"}
+SCRIPTS = {kind: f"training_scripts/train_{kind}.py" for kind in ("pqgan", "ldm", "masked")}
 
 
 def parse_recipe(recipe, *needed):
@@ -104,7 +104,10 @@ MINI = {
     "pqgan-mini-sweep": (),
     "sd-mini": ("--pretrained_model_name_or_path", "runs/sd-mini-untrained"),
     "ldm-mini": ("--vae_name_or_path", "model_cards/pqgan-mini-f8-pq"),
+    "masked-mini": (),
 }
+# Of what the paper does not train
+OWN = {"masked-f16": ()}
 
 
 def table_4():
@@ -123,12 +126,12 @@ def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_every_recipe_is_compared_with_the_paper_or_is_a_small_one():
-    assert {path.stem for path in RECIPES} == {*PAPERS_RECIPES, *LDM, *MINI}
+def test_every_recipe_is_compared_with_the_paper_or_is_a_small_one_or_our_own():
+    assert {path.stem for path in RECIPES} == {*PAPERS_RECIPES, *LDM, *MINI, *OWN}
 
 
-@pytest.mark.parametrize("name, flags", MINI.items(), ids=MINI)
-def test_small_recipes_fit_their_scripts(name, flags, at_the_root):
+@pytest.mark.parametrize("name, flags", (MINI | OWN).items(), ids=MINI | OWN)
+def test_small_recipes_and_our_own_fit_their_scripts(name, flags, at_the_root):
     parse_recipe(RECIPE_FOLDER / f"{name}.yaml", *flags)
 
 

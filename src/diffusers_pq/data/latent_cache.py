@@ -26,6 +26,7 @@ from .pictures import BadImageError, Crops
 logger = logging.getLogger(__name__)
 
 _INDEX = "latents.json"
+_SIZES = ("num_subspaces", "codebook_size", "downsampling_factor")
 
 
 def pack_codes(codes: torch.LongTensor, codebook_size: int) -> bytes:
@@ -178,8 +179,9 @@ def load_cached_codes(
 
 
 def _index(vae: PQModel, resolution: int) -> dict:
-    """What must be the same for codes to mean the same."""
-    return {"model_sha256": weights_digest(vae), "resolution": resolution}
+    """What must be the same for codes to mean the same, the plainest first."""
+    sizes = vae.config.num_subspaces, vae.config.codebook_size, vae.downsampling_factor
+    return dict(zip(_SIZES, sizes)) | {"model_sha256": weights_digest(vae), "resolution": resolution}
 
 
 def _write_index(path: Path, index: dict):
@@ -193,6 +195,8 @@ def _write_index(path: Path, index: dict):
 
 
 def _check_index(expected: dict, found: dict, folder: Path):
+    # The sizes are missing in indices of earlier versions, which the digest of the model stands for.
+    found = {name: expected[name] for name in _SIZES if name in expected} | found
     unlike = [name for name, value in expected.items() if found.get(name) != value]
     if unlike:
         differences = ", ".join(f"{name} is {found.get(name)}, not {expected[name]}" for name in unlike)

@@ -77,6 +77,7 @@ def build_card(
         "kind": kind,
         "has_weights": kind == _ADAPTER or has_weights(folder),
         "description": _describe(Path(folder), kind),
+        "argument": _example_argument(Path(folder), kind, texts.get("prompt")),
         "evaluations": evaluations,
     }
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **variables | texts)
@@ -107,6 +108,15 @@ def _kind(folder: str | os.PathLike) -> str:
         if Path(folder, name).is_file():
             return class_name(Path(folder, name))
     return _ADAPTER
+
+
+def _example_argument(folder: Path, kind: str, prompt: str | None) -> str:
+    """What the example's pipeline is called with."""
+    if kind == "LatentDiffusionPQPipeline":
+        return "0"
+    if kind == "MaskedPQPipeline" and not (folder / "text_encoder").is_dir():
+        return "class_labels=0"
+    return f'"{prompt or "A photograph."}"'
 
 
 def _describe(folder: Path, kind: str) -> dict[str, str | int]:

@@ -33,17 +33,13 @@ from .options import (
     DenoiserRunOptions,
     LabelledDataOptions,
     NoiseOptions,
+    class_label,
 )
 from .run import TrainingRun, create_accelerator, load_split, prepare_model, whole_module
 from .uploads import BestModel
 
 
 logger = logging.getLogger(__name__)
-
-
-def class_label(text: str) -> int | str:
-    """A class's number, or its name."""
-    return int(text) if text.isdecimal() else text
 
 
 @dataclass(kw_only=True)
