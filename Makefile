@@ -91,6 +91,9 @@ sweep-mini: install data/debian-tiles
 	$(SWEEP) & other=$$!; $(SWEEP); status=$$?; wait $$other && exit $$status
 	$(BIN)/python experiments/sweep_figures.py runs/sweep_$(START)
 
+data/emoji: | install
+	$(BIN)/diffusers-pq prepare-data $@ --source emoji
+
 data/stamps: | install
 	$(BIN)/diffusers-pq prepare-data $@ --packages tuxpaint-stamps-default --pad-to-square --short-side 192
 

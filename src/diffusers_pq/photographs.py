@@ -4,9 +4,7 @@ test set of sixteen out of Debian packages.
 """
 
 import hashlib
-import json
 import os
-import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import PIL.Image
 from PIL.Image import Resampling
 
-from .data_preparation import fetch_packages, write_credits
+from .data_preparation import fetch_packages, new_folder, write_credits, write_metadata
 from .images import load_image, save_image
 
 
@@ -176,7 +174,7 @@ def load_photographs() -> dict[str, PIL.Image.Image]:
 
 
 def prepare_test_photographs(
-    output_dir: str | os.PathLike, source: str | os.PathLike | None = None, short_side: int = 512
+    output_dir: str | os.PathLike, packages_dir: str | os.PathLike | None = None, short_side: int = 512
 ) -> int:
     """
     Write the `TEST_PHOTOGRAPHS` as the split `test` of an `imagefolder` dataset, with the columns `image`, `text` (the
@@ -184,7 +182,8 @@ def prepare_test_photographs(
 
     Args:
         output_dir: Written whole or not at all; must not exist.
-        source (*optional*): A folder with an unpacked Debian package in each sub-folder; `None` fetches them with apt.
+        packages_dir (*optional*):
+            A folder with an unpacked Debian package in each sub-folder; `None` fetches them with apt.
         short_side (`int`): The photographs are shrunk to this shorter side, which leaves little of JPEG's artefacts.
 
     Returns:
@@ -195,21 +194,15 @@ def prepare_test_photographs(
         FileNotFoundError: if a package lacks a photograph.
         ValueError: if a file is another than the one that was chosen.
     """
-    output_dir = Path(output_dir)
-    if output_dir.exists():
-        raise FileExistsError(f"{output_dir} exists already: choose another folder or remove it.")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent) as scratch:
-        if source is None:
-            source = Path(scratch, "packages")
-            source.mkdir()
-            fetch_packages(source, sorted({photograph.package for photograph in TEST_PHOTOGRAPHS.values()}))
-        unfinished = Path(scratch, "dataset")
-        rows = [_write_test_photograph(name, Path(source), unfinished, short_side) for name in TEST_PHOTOGRAPHS]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (unfinished / "test" / "metadata.jsonl").write_text(lines, encoding="utf-8")
-        write_credits(Path(source), unfinished)
-        os.replace(unfinished, output_dir)
+    with new_folder(output_dir) as unfinished:
+        if packages_dir is None:
+            packages_dir = unfinished.with_name("packages")
+            packages_dir.mkdir()
+            fetch_packages(packages_dir, sorted({photograph.package for photograph in TEST_PHOTOGRAPHS.values()}))
+        packages_dir = Path(packages_dir)
+        rows = [_write_test_photograph(name, packages_dir, unfinished, short_side) for name in TEST_PHOTOGRAPHS]
+        write_metadata(unfinished, {"test": rows})
+        write_credits(packages_dir, unfinished)
     return len(rows)
 
 
