@@ -35,6 +35,13 @@ _PUBLIC = {
     "StableDiffusion3PQImg2ImgPipeline": ".pipelines.pipeline_stable_diffusion_3_pq_img2img",
     "LatentDiffusionPQPipeline": ".pipelines.pipeline_latent_diffusion_pq",
     "MaskedPQPipeline": ".pipelines.pipeline_masked_pq",
+    "PQEncodeStep": ".pipelines.modular_blocks_pq",
+    "PQDecodeStep": ".pipelines.modular_blocks_pq",
+    "StableDiffusionXLPQBlocks": ".pipelines.modular_blocks_pq",
+    "StableDiffusion3PQBlocks": ".pipelines.modular_blocks_pq",
+    "FluxPQBlocks": ".pipelines.modular_blocks_pq",
+    "Flux2PQBlocks": ".pipelines.modular_blocks_pq",
+    "ZImagePQBlocks": ".pipelines.modular_blocks_pq",
     # diffusers finds out how to load a component of a third-party library by asking that library for these two.
     "ModelMixin": "diffusers",
     "DiffusionPipeline": "diffusers",

@@ -90,6 +90,14 @@ def _build_parser() -> FlagParser:
     code.add_argument("folder", type=Path, help="of a model or a pipeline")
     code.set_defaults(run=_write_code)
 
+    modular = commands.add_parser(
+        "save-modular", help="save a pipeline as a modular one, which diffusers loads without diffusers_pq"
+    )
+    modular.add_argument("pipeline", help="folder or Hub repository of a PQ pipeline of Stable Diffusion XL or 3")
+    modular.add_argument("output", type=Path, help="folder to write; must not exist")
+    modular.add_argument("--repo-id", help="org/name to which the folder will be uploaded; its index names it")
+    modular.set_defaults(run=_save_modular)
+
     convert = commands.add_parser(
         "convert", help="make a diffusers folder of an original VQGAN, PQGAN or LDM checkpoint"
     )
@@ -227,6 +235,18 @@ def _write_code(args):
 
     for path in write_code(args.folder):
         print(path)
+
+
+def _save_modular(args):
+    from .files import folder_or_hub
+    from .hub.modular import load_pipeline, save_modular, to_modular
+
+    if args.output.exists():
+        raise FileExistsError(f"{args.output} exists already: choose another folder or remove it.")
+    with folder_or_hub(args.pipeline):
+        pipeline = load_pipeline(args.pipeline)
+    save_modular(to_modular(pipeline), args.output, args.repo_id)
+    print(args.output)
 
 
 def _convert(args):
