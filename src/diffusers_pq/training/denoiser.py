@@ -655,7 +655,7 @@ def measure_statistics(
 
 def _build_trainer(options, accelerator, task) -> DenoiserTrainer:
     optim = options.optim
-    learned, learning_rate = task.denoiser.learned_parameters(), task.stages[0].learning_rate
+    learned, learning_rate = task.denoiser.learned_parameters(), _highest_rate(task.stages)
     optimizer = build_optimizer(optim, learned, learning_rate, optim.adam_weight_decay)
     lr_scheduler = _build_lr_scheduler(optim, task.stages, optimizer, accelerator.num_processes)
     prepared = accelerator.prepare(task.denoiser, optimizer, lr_scheduler)
@@ -675,16 +675,20 @@ def _build_trainer(options, accelerator, task) -> DenoiserTrainer:
 
 
 def _build_lr_scheduler(optim, stages, optimizer, num_processes):
-    """`--lr_scheduler` over the whole run, times each stage's learning rate."""
+    """`--lr_scheduler` over the whole run, times each stage's share of the highest learning rate."""
     lr_scheduler = build_lr_scheduler(optim, optimizer, num_processes)
     (whole_run,) = lr_scheduler.lr_lambdas
-    first = stages[0].learning_rate
+    highest = _highest_rate(stages) or 1.0
 
     def factor(step):
-        return whole_run(step) * find_stage(stages, step // num_processes).learning_rate / first
+        return whole_run(step) * find_stage(stages, step // num_processes).learning_rate / highest
 
     lr_scheduler.lr_lambdas = [factor]
     return lr_scheduler
+
+
+def _highest_rate(stages) -> float:
+    return max(stage.learning_rate for stage in stages)
 
 
 def _samples_seen(optim, accelerator, step) -> int:
