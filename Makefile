@@ -7,9 +7,6 @@ BIN = $(VENV)/bin
 # Which mini model `make train-mini` trains, and `make train-ldm-mini` trains on: pq, vq or kl.
 MINI ?= pq
 
-# Captions of the stamps, for `make demo`.
-PROMPTS = "A ladybug." "A red apple." "A frog." "A strawberry."
-
 # Installs once, and again when the requirements change.
 $(VENV)/installed: setup.py src/diffusers_pq/_versions.py
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -22,8 +19,7 @@ install: $(VENV)/installed
 demo: install
 	$(BIN)/python benchmarks/reconstruct_photographs.py --output_dir outputs/demo \
 		--models PQ=model_cards/pqgan-mini-f8-pq VQ=model_cards/pqgan-mini-f8-vq KL=model_cards/pqgan-mini-f8-kl
-	$(BIN)/python benchmarks/generate_pictures.py --output outputs/demo/generated.png \
-		--models PQSD=model_cards/pqsd-mini --prompts $(PROMPTS)
+	$(BIN)/python benchmarks/overview.py --output outputs/demo/overview.jpg
 
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests

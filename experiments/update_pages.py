@@ -3,24 +3,31 @@
 
     python experiments/update_pages.py
 
-A page holds a table between `<!-- NAME -->` and `<!-- end -->`, where NAME is one of `TABLES`.
+A page holds a block between `<!-- NAME -->` and `<!-- end -->`, where NAME is one of `BLOCKS`.
 """
 
 import re
 from pathlib import Path
 
 import pandas as pd
+import result_tables
+from claims import claims_table, findings_in_short, findings_table
+from latent_diffusion import markdown_tables
 from quantizer_comparison import results_table
 from rate_distortion import at_equal_quality
 from sweep_report import judge, report
 
 from diffusers_pq.console import one_line_errors
+from diffusers_pq.evaluation import reconstruction
 from diffusers_pq.files import read_json, write_text
 from diffusers_pq.flags import FlagParser
 
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = ROOT / "experiments" / "results"
+EVALUATIONS = ROOT / "benchmarks" / "results" / "evaluation"
+RESULTS = {
+    path.stem: path for folder in ("benchmarks", "experiments") for path in (ROOT / folder).glob("results/*.json")
+}
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -29,13 +36,31 @@ def sweep_table(record):
     return report(rows, judge(rows))
 
 
-# name of a table -> JSON file of its results, what renders them
+# name of a table, which is that of its JSON file, -> what renders it
 TABLES = {
-    "quantizer_comparison": (EXPERIMENTS / "quantizer_comparison.json", results_table),
-    "sweep_normal": (EXPERIMENTS / "sweep_normal.json", sweep_table),
-    "sweep_kmeans": (EXPERIMENTS / "sweep_kmeans.json", sweep_table),
-    "rate_distortion": (EXPERIMENTS / "rate_distortion.json", at_equal_quality),
+    "adaptation": result_tables.adaptation,
+    "codebook_remedies": result_tables.codebook_remedies,
+    "generation_speed": result_tables.generation_speed,
+    "latent_diffusion": markdown_tables,
+    "model_speed": result_tables.model_speed,
+    "photographs": result_tables.photographs,
+    "quantisation_overhead": result_tables.quantisation_overhead,
+    "quantizer_comparison": results_table,
+    "quantizer_speed": result_tables.codebook_search,
+    "rate_distortion": at_equal_quality,
+    "sweep_kmeans": sweep_table,
+    "sweep_normal": sweep_table,
+    "tiling": result_tables.tiling,
+    "training_speed": result_tables.training_speed,
 }
+# name of a block -> what renders it from the contents of all JSON files
+SUMMARIES = {"claims": claims_table, "findings": findings_table, "findings_in_short": findings_in_short}
+BLOCKS = (*TABLES, *SUMMARIES, "evaluation")
+
+
+def evaluation_table():
+    """Of the included models on the validation pictures."""
+    return reconstruction.results_table(reconstruction.read_results(EVALUATIONS))
 
 
 def pages():
@@ -45,10 +70,13 @@ def pages():
 
 
 def rendered(name):
-    if name not in TABLES:
-        raise ValueError(f"`<!-- {name} -->` is no table: the names are {', '.join(TABLES)}.")
-    path, render = TABLES[name]
-    return render(read_json(path)).strip()
+    if name == "evaluation":
+        return evaluation_table().strip()
+    if name in TABLES:
+        return TABLES[name](read_json(RESULTS[name])).strip()
+    if name in SUMMARIES:
+        return SUMMARIES[name]({title: read_json(path) for title, path in RESULTS.items()}).strip()
+    raise ValueError(f"`<!-- {name} -->` is no block: the names are {', '.join(BLOCKS)}.")
 
 
 def updated(text):

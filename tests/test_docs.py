@@ -11,7 +11,9 @@ import re
 import runpy
 import shlex
 import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import PIL.Image
 import pytest
@@ -126,6 +128,54 @@ def site(tmp_path_factory):
     config.plugins.on_startup(command="build", dirty=False)
     build(config)
     return Path(config.site_dir)
+
+
+class Links(HTMLParser):
+    """What a page of the site leads to or shows, and the places on it that others lead to."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.links, self.places = [], set()
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.places.add(attributes.get("id"))
+        self.links += [attributes[name] for name in ("href", "src") if attributes.get(name)]
+
+
+def dead_links(site):
+    pages = {page: Links(page) for page in site.rglob("*.html") if page.name != "404.html"}
+    for page, found in pages.items():
+        for link in map(urlsplit, found.links):
+            target = (page.parent / unquote(link.path)).resolve() if link.path else page
+            target = target / "index.html" if target.is_dir() else target
+            known = target in pages and link.fragment not in pages[target].places
+            if not (link.scheme or link.netloc) and (not target.is_file() or (link.fragment and known)):
+                yield f"{page.relative_to(site)}: {link.geturl()}"
+
+
+def test_every_link_and_picture_of_the_site_is_there(site):
+    assert (site / "benchmarks" / "results" / "overview.jpg").is_file()
+    assert list(dead_links(site)) == []
+
+
+def test_a_dead_link_of_the_site_is_found(tmp_path):
+    (tmp_path / "index.html").write_text('<img src="a.png"><a href="#b"></a><a href="c/#d"></a><a href="c/"></a>')
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "index.html").write_text('<p id="e"><a href="..#b"></a><a href="https://example.org/x"></a></p>')
+    assert set(dead_links(tmp_path)) == {
+        "index.html: a.png",
+        "index.html: #b",
+        "index.html: c/#d",
+        "c/index.html: ..#b",
+    }
+
+
+def test_pictures_in_html_are_taken_to_the_site():
+    pages = runpy.run_path(str(ROOT / "docs" / "extensions" / "pages.py"))
+    html = '<a href="docs/sweep.md#time"><img width="420" src="benchmarks/results/overview.jpg"></a> <a href="#here">'
+    assert [link for _, link in pages["_LINK"].findall(html)] == ["docs/sweep.md", "benchmarks/results/overview.jpg"]
 
 
 def test_the_site_has_every_public_name_with_its_shapes(site):

@@ -9,11 +9,13 @@ import torch
 from conftest import tiny_config
 
 from diffusers_pq import PQModel
-from diffusers_pq.figures import difference_map, draw_reconstructions, most_different_box
+from diffusers_pq.figures import difference_map, draw_overview, draw_reconstructions, most_different_box
 from diffusers_pq.metrics import pooled_psnr
 
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "reconstruct_photographs.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPT = BENCHMARKS / "reconstruct_photographs.py"
+PIPELINE = BENCHMARKS.parent / "model_cards" / "pqsd-mini"
 
 
 def grey(value, size=(96, 64)):
@@ -82,3 +84,26 @@ def test_the_command_draws_any_models_and_pictures(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("photo=5")
     assert "--crops takes PICTURE=LEFT,TOP" in capsys.readouterr().err
+
+
+def test_the_overview_has_a_row_for_each_photograph_and_one_of_generated_pictures():
+    details = [{"cat": grey(10), "PQ": grey(20)}, {"dog": grey(30), "PQ": grey(40)}]
+    figure = draw_overview(details, {"A red apple.": grey(50)})
+    shown = {axis.get_title(): axis.images[0].get_array().mean() for axis in figure.axes}
+    assert shown == {"cat": 10, "PQ": 40, "dog": 30, "“A red apple.”": 50} and len(figure.axes) == 5
+
+
+def test_the_command_draws_the_overview_of_any_models(tmp_path):
+    PQModel(**tiny_config()).save_pretrained(tmp_path / "pq")
+    script = runpy.run_path(str(BENCHMARKS / "overview.py"))
+
+    def run(*photographs):
+        flags = ["--models", f"A={tmp_path / 'pq'}", "--pipeline", str(PIPELINE), "--photographs", *photographs]
+        flags += ["--prompts", "A frog.", "--num_inference_steps", "1", "--output", str(tmp_path / "overview.jpg")]
+        script["main"](script["parse_args"](flags))
+
+    run("chelsea")
+    with PIL.Image.open(tmp_path / "overview.jpg") as overview:
+        assert overview.format == "JPEG" and overview.width == 2 * 220
+    with pytest.raises(ValueError, match="--photographs names cat; there are astronaut"):
+        run("cat")

@@ -1,3 +1,4 @@
+import re
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,13 @@ def test_the_tracked_files_are_light_to_clone():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     sizes = [(ROOT / name).stat().st_size for name in listed.split("\0") if name and (ROOT / name).is_file()]
     assert sum(sizes) < 48 * 2**20
+
+
+def test_the_front_page_is_short_and_has_a_light_picture():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 120
+    (picture,) = re.findall(r"!\[.+\]\((.+)\)", page)
+    assert (ROOT / picture).stat().st_size < 400_000
 
 
 def test_the_autoencoder_of_a_pipeline_is_the_same_file_as_alone():

@@ -1,6 +1,7 @@
 """
 Puts the pages of the repository that lie outside docs/ on the site: README.md as its front page, and the READMEs of
-folders. Links stay as they are in the repository, where GitHub follows them, and are turned for the site here.
+folders. Links and pictures, in Markdown or HTML, stay as they are in the repository, where GitHub follows them. Here
+they are turned for the site.
 """
 
 import os
@@ -16,7 +17,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent.parent
 PAGES = ("README.md", "training_scripts/README.md", "benchmarks/README.md", "experiments/README.md")
 
-_LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
+# What a link of Markdown or an attribute of HTML leads to, but for other sites and places on the same page.
+_LINK = re.compile(r"""(\]\(|<(?:img|a)\b[^>]*?\b(?:src|href)=["'])(?!\w+:|#)([^)"'#\s]+)""")
 
 
 def on_files(files: Files, config: MkDocsConfig):

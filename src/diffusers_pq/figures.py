@@ -1,6 +1,6 @@
 """Views of codes and details, and reconstructions side by side with what they got wrong (Figures 1 and 7)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -92,6 +92,33 @@ def draw_reconstructions(
         scale = differences[0].inset_axes((0.1, 0.5, 0.8, 0.06))
         figure.colorbar(shown, cax=scale, orientation="horizontal", extend="max", label="|difference|, of 255")
     return figure
+
+
+def draw_overview(details: Sequence[Mapping[str, PIL.Image.Image]], painted: Mapping[str, PIL.Image.Image]) -> Figure:
+    """
+    A row of details for each photograph and, below them at half the size, a row of generated pictures.
+
+    Args:
+        details (`Sequence[Mapping]`): For each photograph: title -> square detail, as many for each.
+        painted (`Mapping`): Prompt -> square picture, at most twice as many as a photograph has details.
+    """
+    columns, rows = len(details[0]), len(details)
+    figure = Figure(figsize=(2.2 * columns, 2.4 * rows + 1.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    grid = figure.add_gridspec(2 * rows + 1, 2 * columns)
+    for row, by_title in enumerate(details):
+        for column, (title, picture) in enumerate(by_title.items()):
+            place = grid[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            _show(figure.add_subplot(place), picture, title, "nearest")
+    for column, (prompt, picture) in enumerate(painted.items()):
+        _show(figure.add_subplot(grid[-1, column]), picture, f"“{prompt}”", "bicubic")
+    return figure
+
+
+def _show(axis, picture: PIL.Image.Image, title: str, interpolation: str):
+    axis.imshow(picture, interpolation=interpolation)
+    axis.set_title(title, fontsize=9)
+    axis.axis("off")
 
 
 def code_map(quantizer: ProductQuantizer, codes: torch.LongTensor, subspace: int) -> PIL.Image.Image:

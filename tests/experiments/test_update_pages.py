@@ -1,13 +1,13 @@
 """The tables of the pages are those of the JSON files; nobody types a number."""
 
 import pytest
-from update_pages import TABLES, pages, updated
+from update_pages import BLOCKS, pages, updated
 
 
-def test_pages_hold_every_table_once():
+def test_pages_hold_every_block_once():
     texts = "".join(page.read_text(encoding="utf-8") for page in pages())
-    assert {name: texts.count(f"<!-- {name} -->") for name in TABLES} == dict.fromkeys(TABLES, 1)
-    assert texts.count("<!-- end -->") == len(TABLES)
+    assert {name: texts.count(f"<!-- {name} -->") for name in BLOCKS} == dict.fromkeys(BLOCKS, 1)
+    assert texts.count("<!-- end -->") == len(BLOCKS)
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
@@ -25,6 +25,6 @@ def test_a_table_is_replaced_and_the_text_around_it_stays():
     assert updated(once) == once
 
 
-def test_a_table_that_nobody_renders_is_named():
-    with pytest.raises(ValueError, match="<!-- unknown -->` is no table: the names are"):
+def test_a_block_that_nobody_renders_is_named():
+    with pytest.raises(ValueError, match="<!-- unknown -->` is no block: the names are"):
         updated("<!-- unknown -->\n<!-- end -->\n")
