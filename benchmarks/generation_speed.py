@@ -1,15 +1,19 @@
 #!/usr/bin/env python
-"""Table 3: time and memory of generating one picture with Stable Diffusion 2.1 and with the three PQSD models.
+"""Table 3: time and memory of generating pictures with Stable Diffusion 2.1 and with the three PQSD models; and the
+same for Stable Diffusion XL.
 
-    python benchmarks/generation_speed.py                    # on a GPU: --device cuda --dtype float16 --steps 50
+    python benchmarks/generation_speed.py           # on a GPU: --device cuda --dtype float16 --batch_sizes 1 4 16
+    python benchmarks/generation_speed.py --systems SDXL SDXL-PQ-HR SDXL-PQ-Precise SDXL-PQ-Quick
 
-The networks have their full size (SD 2.1's UNet: 866M parameters) and random weights, since only time and memory are
-measured. A denoising step is one forward of the UNet on two pictures (classifier-free guidance); a picture takes
---num_inference_steps of them and one decoding. Writes generation_speed.json and .png.
+The networks have their full size (SD 2.1's UNet: 866M parameters, SDXL's 2.6B) and random weights, since only time and
+memory are measured. A denoising step is one forward of the UNet on two pictures for each that is made (classifier-free
+guidance); pictures take --num_inference_steps of them and one decoding. On CUDA all is measured as it is, as a CUDA
+graph, with compiled blocks (`compile_repeated_blocks`), and with both. Writes generation_speed.json and .png.
 """
 
 import datetime
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,28 +23,78 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers_pq import PQModel, widen_unet
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
-from diffusers_pq.files import write_json
+from diffusers_pq.files import replacing, write_json
 from diffusers_pq.flags import COUNT, FlagParser
-from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
+from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
 
 
 # Of Stable Diffusion 2.1, but for the channels of the latents.
 SD21_UNET = UNet2DConditionModel.load_config("model_cards/pqsd-precise/unet") | {"in_channels": 4, "out_channels": 4}
-SD21_VAE = {
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+UNETS = {"SD 2.1": SD21_UNET, "SDXL": SDXL_UNET}
+# Of both.
+KL = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
     "sample_size": 768,
 }
-# Name: autoencoder, side of the picture, and the paper's samples per second over Stable Diffusion's (Table 3).
-SYSTEMS = {
-    "SD 2.1": ("sd", 768, 1.0),
-    "PQSD-HR": ("model_cards/pqgan-f16-d256", 1536, 0.112 / 0.116),
-    "PQSD-Precise": ("model_cards/pqgan-f8", 768, 0.116 / 0.116),
-    "PQSD-Quick": ("model_cards/pqgan-f16-d256", 768, 0.465 / 0.116),
+# For --small.
+SMALL_UNET = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 32,
 }
+SMALL_VAE = {"layers_per_block": 1, "mid_block_add_attention": False}
 PROMPT_TOKENS = 77
+POOLED_PROMPT = 1280  # dimensions, of SDXL
+
+
+@dataclass
+class System:
+    """
+    Args:
+        base (`str`): The system that it is compared with, whose UNet it has but for the latents' channels.
+        autoencoder (`str`, *optional*): Configuration of a PQModel; by default the KL autoencoder.
+        pixels (`int`): Side of the pictures.
+        paper_ratio (`float`, *optional*): The paper's samples per second over those of `base` (Table 3).
+    """
+
+    base: str
+    autoencoder: str | None
+    pixels: int
+    paper_ratio: float | None = None
+
+
+F8, F16 = "model_cards/pqgan-f8", "model_cards/pqgan-f16-d256"
+SYSTEMS = {
+    "SD 2.1": System("SD 2.1", None, 768, 1.0),
+    "PQSD-HR": System("SD 2.1", F16, 1536, 0.112 / 0.116),
+    "PQSD-Precise": System("SD 2.1", F8, 768, 0.116 / 0.116),
+    "PQSD-Quick": System("SD 2.1", F16, 768, 0.465 / 0.116),
+    "SDXL": System("SDXL", None, 1024),
+    "SDXL-PQ-HR": System("SDXL", F16, 2048),
+    "SDXL-PQ-Precise": System("SDXL", F8, 1024),
+    "SDXL-PQ-Quick": System("SDXL", F16, 1024),
+}
+TABLE3 = [name for name, system in SYSTEMS.items() if system.base == "SD 2.1"]
 
 
 def parse_args(argv=None):
@@ -49,80 +103,179 @@ def parse_args(argv=None):
         "--systems",
         nargs="+",
         choices=SYSTEMS,
-        default=list(SYSTEMS),
-        help="systems to measure; SD 2.1, which all are compared with, always",
+        default=TABLE3,
+        help="systems to measure; SD 2.1 or SDXL, which the others are compared with, always",
     )
     parser.add_argument("--num_inference_steps", type=COUNT, default=50, help="steps that a picture is counted with")
+    parser.add_argument("--batch_sizes", nargs="+", type=COUNT, default=[1], help="pictures that are made at once")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        help="how the networks are run; default: eager on a CPU, all on a GPU",
+    )
     parser.add_argument("--steps", type=COUNT, default=2, help="steps that are timed; the median counts")
     parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
     parser.add_argument("--dtype", default="float32", help="precision of the models")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    return parser.parse_args(argv)
+    parser.add_argument("--small", action="store_true", help="take tiny networks and pictures, to try the command")
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder of the results; default: benchmarks/results/ and the device"
+    )
+    args = parser.parse_args(argv)
+    args.modes = args.modes or usual_modes(args.device)
+    return args
 
 
-def build(autoencoder, unet, args):
+def systems_to_measure(names):
+    """Those named and what they are compared with, in the order of `SYSTEMS`."""
+    wanted = {*names, *(SYSTEMS[name].base for name in names)}
+    return {name: system for name, system in SYSTEMS.items() if name in wanted}
+
+
+def build_unet(base, args):
+    with torch.device(args.device):
+        unet = UNet2DConditionModel.from_config(UNETS[base] | (SMALL_UNET if args.small else {}))
+    return unet.eval().to(dtype=getattr(torch, args.dtype))
+
+
+def build(system, unet, args):
     """The UNet for an autoencoder's latents, the autoencoder and its latents' channels and downsampling factor."""
+    is_kl = system.autoencoder is None
+    config = KL if is_kl else PQModel.load_config(system.autoencoder)
+    if args.small:
+        config = config | SMALL_VAE | {"block_out_channels": (32,) * len(config["block_out_channels"])}
+    with torch.device(args.device):
+        vae = AutoencoderKL(**config) if is_kl else PQModel.from_config(config)
+    channels, factor = vae.config.latent_channels, 2 ** (len(config["block_out_channels"]) - 1)
+    if not is_kl:
+        unet = widen_unet(unet, channels)
     placement = args.device, getattr(torch, args.dtype)
-    if autoencoder == "sd":
-        return unet.to(*placement), AutoencoderKL(**SD21_VAE).eval().to(*placement), 4, 8
-    vae = PQModel.from_config(PQModel.load_config(autoencoder)).eval()
-    channels = vae.config.latent_channels
-    return widen_unet(unet, channels).to(*placement), vae.to(*placement), channels, vae.downsampling_factor
+    return unet.to(*placement), vae.eval().to(*placement), channels, factor
+
+
+def compile_parts(unet, vae):
+    # The UNet's repeated blocks take seconds where the whole takes minutes; of all sizes, so that few are compiled.
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    vae.decoder.compile(dynamic=True)
+
+
+def parts_of(unet, vae, latents_shape, batch_size, args):
+    """A denoising step and a decoding, for so many pictures."""
+    placement = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    pairs = 2 * batch_size  # with and without the prompt
+    latents = torch.randn(pairs, *latents_shape, **placement)
+    prompts = torch.randn(pairs, PROMPT_TOKENS, unet.config.cross_attention_dim, **placement)
+    # On the device: a number would be brought there in every step, which waits for it.
+    timestep = torch.tensor(500, device=args.device)
+    conditions = None
+    if unet.config.addition_embed_type == "text_time":
+        sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * pairs, **placement)
+        conditions = {"text_embeds": torch.randn(pairs, POOLED_PROMPT, **placement), "time_ids": sizes}
+    return {
+        "step": lambda: unet(latents, timestep, prompts, added_cond_kwargs=conditions),
+        "decode": lambda: vae.decode(latents[:batch_size]),
+    }
 
 
 @torch.no_grad()
-def measure(unet, vae, channels, side, args):
-    placement = {"device": args.device, "dtype": getattr(torch, args.dtype)}
-    latents = torch.randn(2, channels, side, side, **placement)
-    prompts = torch.randn(2, PROMPT_TOKENS, SD21_UNET["cross_attention_dim"], **placement)
-    weights = sum(p.numel() * p.element_size() for module in (unet, vae) for p in module.parameters())
-    parts = {"step": lambda: unet(latents, 500, prompts), "decode": lambda: vae.decode(latents[:1])}
-    row = {"weights_gib": weights / 2**30}
-    for name, part in parts.items():
-        row[f"{name}_peak_gib"] = (weights + measure_peak_bytes(part, args.device)) / 2**30
-        row[f"{name}_seconds"] = measure_seconds(part, args.steps, args.device, warm_up=0)
-    row["picture_seconds"] = args.num_inference_steps * row["step_seconds"] + row["decode_seconds"]
+def measure(parts, modes, weights, batch_size, args):
+    """Rows of one batch size by mode; `weights` are GiB."""
+    found = {name: measure_modes(part, modes, args.steps, args.device) for name, part in parts.items()}
+    return {mode: summarise(mode, found, weights, batch_size, args.num_inference_steps) for mode in modes}
+
+
+def summarise(mode, found, weights, batch_size, num_inference_steps):
+    row, errors = {}, {name: rows[mode]["error"] for name, rows in found.items() if "error" in rows[mode]}
+    if errors:
+        return {"error": errors}
+    for name, rows in found.items():
+        row[f"{name}_seconds"] = rows[mode]["seconds"]
+        row[f"{name}_first_seconds"] = rows[mode]["first_seconds"]
+        row[f"{name}_peak_gib"] = weights + rows[mode]["peak_gib"]
+    row["picture_seconds"] = (num_inference_steps * row["step_seconds"] + row["decode_seconds"]) / batch_size
     row["peak_gib"] = max(row["step_peak_gib"], row["decode_peak_gib"])
     return row
 
 
+def measure_system(system, unet, args):
+    """The first batch size and mode, and below `batches` all of them."""
+    own_unet, vae, channels, factor = build(system, unet, args)
+    weights = sum(p.numel() * p.element_size() for module in (own_unet, vae) for p in module.parameters()) / 2**30
+    side = (64 if args.small else system.pixels) // factor
+    row = {"pixels": side * factor, "F": factor, "d": channels, "paper_ratio": system.paper_ratio}
+    batches = {str(size): {} for size in args.batch_sizes}
+    for modes in in_passes(args.modes, lambda: compile_parts(own_unet, vae)):
+        for batch_size in args.batch_sizes:
+            parts = parts_of(own_unet, vae, (channels, side, side), batch_size, args)
+            batches[str(batch_size)] |= measure(parts, modes, weights, batch_size, args)
+    first = batches[str(args.batch_sizes[0])][args.modes[0]]
+    return row | {"weights_gib": weights} | first | {"batches": batches}
+
+
+def add_ratios(row, base):
+    """The speed over the base system's under the same settings."""
+    for size, modes in row["batches"].items():
+        for mode, one in modes.items():
+            other = base["batches"][size][mode]
+            if "error" not in one and "error" not in other:
+                one["speed_ratio"] = other["picture_seconds"] / one["picture_seconds"]
+    if "picture_seconds" in row and "picture_seconds" in base:
+        row["speed_ratio"] = base["picture_seconds"] / row["picture_seconds"]
+
+
+def table(rows):
+    """One line for each system and batch size: seconds a picture, and speed over the base's, by mode."""
+    for name, row in rows.items():
+        for size, modes in row["batches"].items():
+            cells = [
+                f"{mode} {one['picture_seconds']:.3g} s ({one.get('speed_ratio', 1):.2f} x)"
+                for mode, one in modes.items()
+                if "error" not in one
+            ]
+            yield f"{name}, {row['pixels']} px, {size} at once: " + ", ".join(cells)
+
+
 def plot(rows, num_inference_steps, machine, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    rows = {name: row for name, row in rows.items() if "picture_seconds" in row}
     names = list(rows)
     steps = [num_inference_steps * row["step_seconds"] for row in rows.values()]
     decoding = [row["decode_seconds"] for row in rows.values()]
     axes[0].bar(names, steps, label=f"{num_inference_steps} denoising steps")
     axes[0].bar(names, decoding, bottom=steps, label="decoding")
-    axes[0].set(ylabel="seconds a picture")
+    axes[0].set(ylabel="seconds a batch")
     axes[0].legend()
     places = range(len(names))
+    paper = {place: row["paper_ratio"] for place, row in zip(places, rows.values()) if row["paper_ratio"]}
     axes[1].bar([place - 0.2 for place in places], [row["speed_ratio"] for row in rows.values()], 0.4, label="here")
-    axes[1].bar([place + 0.2 for place in places], [row["paper_ratio"] for row in rows.values()], 0.4, label="paper")
-    axes[1].set(ylabel="speed over SD 2.1", xticks=list(places), xticklabels=names)
+    axes[1].bar([place + 0.2 for place in paper], paper.values(), 0.4, label="paper")
+    axes[1].set(ylabel="speed over SD 2.1 or SDXL", xticks=list(places), xticklabels=names)
     axes[1].legend()
+    for axis in axes:
+        axis.tick_params("x", labelsize=7)
     figure.suptitle(machine, fontsize=8)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=120)
+    plt.close(figure)
 
 
 def main(args):
     usable_device(args.device)
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(SD21_UNET).eval()
-    rows = {}
-    machine = f"{describe_machine(args.device)}, {args.dtype}, {datetime.date.today().isoformat()}"
-    for name in SYSTEMS:
-        if name not in ("SD 2.1", *args.systems):
-            continue
-        autoencoder, pixels, paper_ratio = SYSTEMS[name]
-        own_unet, vae, channels, factor = build(autoencoder, unet, args)
-        rows[name] = measure(own_unet, vae, channels, pixels // factor, args)
-        rows[name] |= {"pixels": pixels, "F": factor, "d": channels, "paper_ratio": paper_ratio}
-        rows[name]["speed_ratio"] = rows["SD 2.1"]["picture_seconds"] / rows[name]["picture_seconds"]
+    folder = args.output_dir or results_folder("benchmarks/results", args.device)
+    today = datetime.date.today().isoformat()
+    machine = f"{describe_machine(args.device)}, {args.dtype}, {today}"
+    rows, unets = {}, {}
+    for name, system in systems_to_measure(args.systems).items():
+        if system.base not in unets:
+            unets = {system.base: build_unet(system.base, args)}
+        rows[name] = measure_system(system, unets[system.base], args)
+        add_ratios(rows[name], rows[system.base])
         print(name, json.dumps(rows[name]), flush=True)
-        del own_unet, vae
-        record = {"machine": machine, "num_inference_steps": args.num_inference_steps, "systems": rows}
-        write_json(args.output_dir / "generation_speed.json", record)
-    plot(rows, args.num_inference_steps, machine, args.output_dir / "generation_speed.png")
+        record = {"date": today, "machine": machine, "num_inference_steps": args.num_inference_steps, "systems": rows}
+        write_json(folder / "generation_speed.json", record)
+    plot(rows, args.num_inference_steps, machine, folder / "generation_speed.png")
+    print(*table(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 #!/usr/bin/env python
 """Time and memory of encoding and decoding whole pictures, by memory layout and compiled; and what tiling changes.
 
-    python benchmarks/model_speed.py                       # on a GPU: --device cuda --dtype float16
+    python benchmarks/model_speed.py --modes eager compiled
+    python benchmarks/model_speed.py --device cuda --dtype float16 --batch_sizes 1 16 --layouts default channels_last
 
 Writes model_speed.json and tiling.json; rows of earlier runs not measured again stay. The models have
 their full size and random weights, since only time and memory are measured; the tiling is measured on photographs with
-the trained model of --tiling_model.
+the trained model of --tiling_model. On CUDA all is measured as it is, as a CUDA graph, compiled, and both.
 """
 
 import datetime
+import itertools
 import json
 from pathlib import Path
 
@@ -19,17 +21,20 @@ from tqdm import tqdm
 from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.files import read_json
+from diffusers_pq.devices import usable_device
+from diffusers_pq.files import read_json, write_json
 from diffusers_pq.flags import COUNT, FlagParser
 from diffusers_pq.images import to_tensor, to_uint8
-from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
+from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
 from diffusers_pq.metrics import psnr
 from diffusers_pq.models import autoencoder_pq
 from diffusers_pq.photographs import load_photographs
 
 
-# On a CPU PQModel takes the channels_last layout by default; "contiguous" is without.
-VARIANTS = ("contiguous", "default", "compile")
+# `default` is what PQModel does by itself: on a CPU it brings pictures and latents into channels_last. `contiguous` is
+# without, `channels_last` has the weights in that layout, too.
+LAYOUTS = ("contiguous", "default", "channels_last")
+SMALL = {"layers_per_block": 1, "mid_block_add_attention": False}
 FASTEST_LAYOUT = autoencoder_pq._fastest_layout
 
 
@@ -44,8 +49,12 @@ def parse_args(argv=None):
     parser.add_argument(
         "--pixels", nargs="+", type=COUNT, default=[256, 768, 1536], help="side of the pictures, in pixels"
     )
+    parser.add_argument("--batch_sizes", nargs="+", type=COUNT, default=[1], help="pictures at once")
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="what is switched on in the models"
+        "--layouts", nargs="+", choices=LAYOUTS, default=["contiguous", "default"], help="memory formats of the models"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, help="how the models are run; default: eager on a CPU, all on a GPU"
     )
     parser.add_argument("--repeats", type=COUNT, default=3, help="measurements, of which the median counts")
     parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
@@ -56,32 +65,44 @@ def parse_args(argv=None):
         help="autoencoder of the comparison of tiled pictures with whole ones",
     )
     parser.add_argument("--tiling_pixels", type=COUNT, default=1536, help="side of the picture of that comparison")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    return parser.parse_args(argv)
+    parser.add_argument("--small", action="store_true", help="take tiny models and one photograph, to try the command")
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder of the results; default: benchmarks/results/ and the device"
+    )
+    args = parser.parse_args(argv)
+    args.modes = args.modes or usual_modes(args.device)
+    return args
 
 
-def build(path, variant, args):
+def build(path, layout, args):
     torch.manual_seed(0)
-    model = PQModel.from_config(PQModel.load_config(path)).eval().to(args.device, getattr(torch, args.dtype))
-    layout = (lambda x: x) if variant == "contiguous" else FASTEST_LAYOUT
-    autoencoder_pq._fastest_layout = layout
-    if variant == "compile":
-        model.encoder.compile()
-        model.decoder.compile()
+    config = PQModel.load_config(path)
+    if args.small:
+        config = config | SMALL | {"block_out_channels": (32,) * len(config["block_out_channels"])}
+    model = PQModel.from_config(config).eval().to(args.device, getattr(torch, args.dtype))
+    autoencoder_pq._fastest_layout = (lambda x: x) if layout == "contiguous" else FASTEST_LAYOUT
+    if layout == "channels_last":
+        model.to(memory_format=torch.channels_last)
     return model
 
 
+def compile_parts(model):
+    model.encoder.compile()
+    model.decoder.compile()
+
+
 @torch.no_grad()
-def measure(model, pixels, repeats, args):
-    images = torch.rand(1, 3, pixels, pixels, device=args.device, dtype=model.dtype) * 2 - 1
+def measure(model, modes, pixels, batch_size, args):
+    """One row for each mode."""
+    images = torch.rand(batch_size, 3, pixels, pixels, device=args.device, dtype=model.dtype) * 2 - 1
     latents = model.encode(images).latents
-    steps = {"encode": lambda: model.encode(images), "decode": lambda: model.decode(latents, quantize=False)}
-    row = {}
-    for name, step in steps.items():
-        # The call that is measured for memory comes first: it also warms up, and compiles.
-        row[f"{name}_peak_gib"] = measure_peak_bytes(step, args.device) / 2**30
-        row[f"{name}_seconds"] = measure_seconds(step, repeats, args.device, warm_up=repeats - 1)
-    return row
+    parts = {"encode": lambda: model.encode(images), "decode": lambda: model.decode(latents, quantize=False)}
+    found = {name: measure_modes(part, modes, args.repeats, args.device) for name, part in parts.items()}
+    for mode in modes:
+        row = {"mode": mode}
+        for name, rows in found.items():
+            row |= {f"{name}_{quantity}": value for quantity, value in rows[mode].items()}
+        yield row
 
 
 @torch.no_grad()
@@ -89,7 +110,8 @@ def measure_tiling(path, pixels, args):
     """PSNR between the tiled and the whole decoding of enlarged photographs, and of both against the photographs."""
     model = load_autoencoder(path).to(args.device)
     scores = {"tiled_to_whole": [], "whole_to_original": [], "tiled_to_original": []}
-    for photo in load_photographs().values():
+    photographs = [*load_photographs().values()]
+    for photo in photographs[:1] if args.small else photographs:
         original = to_tensor(photo.resize((pixels, pixels), Resampling.BICUBIC))[None].to(args.device)
         latents = model.encode(original).latents
         model.disable_tiling()
@@ -106,27 +128,29 @@ def measure_tiling(path, pixels, args):
 def save_row(path, row, key):
     """Add a row to a table of rows in a JSON file; it replaces an earlier one that measured the same."""
     table = read_json(path) if path.is_file() else []
-    table = [other for other in table if any(other[name] != row[name] for name in key)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*table, row], indent=2) + "\n")
+    table = [other for other in table if any(other.get(name) != row[name] for name in key)]
+    write_json(path, [*table, row])
     print(json.dumps(row), flush=True)
 
 
 def main(args):
+    usable_device(args.device)
+    folder = args.output_dir or results_folder("benchmarks/results", args.device)
     where = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{describe_machine(args.device)}, {args.dtype}",
     }
-    for path in args.models:
-        for variant in args.variants:
-            model = build(path, variant, args)
-            for pixels in tqdm(args.pixels, desc=f"{path} {variant}"):
-                repeats = args.repeats if pixels <= 256 or args.device != "cpu" else 1
-                row = {"model": path, "variant": variant, "pixels": pixels} | where
-                row |= measure(model, pixels, repeats, args)
-                save_row(args.output_dir / "model_speed.json", row, ("model", "variant", "pixels", "machine"))
+    key = ("model", "variant", "mode", "pixels", "batch_size", "machine")
+    for path, layout in itertools.product(args.models, args.layouts):
+        model = build(path, layout, args)
+        for modes in in_passes(args.modes, lambda model=model: compile_parts(model)):
+            sizes = [*itertools.product(args.batch_sizes, args.pixels)]
+            for batch_size, pixels in tqdm(sizes, desc=f"{path} {layout} {' '.join(modes)}"):
+                what = {"model": path, "variant": layout, "pixels": pixels, "batch_size": batch_size} | where
+                for row in measure(model, modes, pixels, batch_size, args):
+                    save_row(folder / "model_speed.json", what | row, key)
     row = measure_tiling(args.tiling_model, args.tiling_pixels, args) | where
-    save_row(args.output_dir / "tiling.json", row, ("model", "pixels", "machine"))
+    save_row(folder / "tiling.json", row, ("model", "pixels", "machine"))
 
 
 if __name__ == "__main__":

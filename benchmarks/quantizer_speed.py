@@ -1,17 +1,17 @@
 #!/usr/bin/env python
 """Time the codebook search against its alternatives, alone and as a share of a whole reconstruction (Figure 5).
 
-    python benchmarks/quantizer_speed.py                  # on a GPU: --device cuda
-    python benchmarks/quantizer_speed.py --models         # without the full-size models
+    python benchmarks/quantizer_speed.py                # on a GPU: --device cuda --batch_sizes 1 16
+    python benchmarks/quantizer_speed.py --models       # without the full-size models
 
 Writes quantizer_speed.json and quantizer_speed.png. All methods run in this one process, with the same threads, on the
-same latents; times are medians after a warm-up, and only ratios between them mean anything on another machine.
+same latents; times are medians after a warm-up, and only ratios between them mean anything on another machine. On CUDA
+a search is also timed as a CUDA graph, without the host's part, and a reconstruction compiled, too.
 """
 
 import datetime
 import functools
 import importlib.util
-import json
 import math
 from pathlib import Path
 
@@ -21,14 +21,18 @@ import torch
 from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
+from diffusers_pq.files import replacing, write_json
 from diffusers_pq.flags import COUNT, FlagParser
-from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
+from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
 from diffusers_pq.models import search
 
 
 # (d, S, K) of the paper's models and around them, and latent pixels N: 32 x 32 and 96 x 96.
 SHAPES = [(128, 64, 512), (256, 128, 128), (256, 64, 256), (128, 32, 512), (128, 16, 512), (128, 128, 512)]
 SIZES = [1024, 9216]
+# For --small.
+SMALL_SHAPES = [(16, 4, 16), (16, 16, 16)]
+SMALL = {"layers_per_block": 1, "mid_block_add_attention": False}
 
 
 def parse_args(argv=None):
@@ -38,13 +42,24 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=COUNT, default=15, help="measurements, of which the median counts")
     parser.add_argument("--sizes", nargs="+", type=COUNT, default=SIZES, help="numbers of latent pixels N")
     parser.add_argument(
+        "--modes", nargs="+", choices=MODES, help="how functions are run; default: eager on a CPU, all on a GPU"
+    )
+    parser.add_argument("--batch_sizes", nargs="+", type=COUNT, default=[1], help="pictures in a reconstruction")
+    parser.add_argument("--pixels", type=COUNT, default=256, help="side of these pictures, in pixels")
+    parser.add_argument("--dtype", default="float32", help="precision of the models")
+    parser.add_argument(
         "--models",
         nargs="*",
         default=["model_cards/pqgan-f8", "model_cards/pqgan-f16", "model_cards/pqgan-f32"],
         help="PQModels whose d, S and K are measured",
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    return parser.parse_args(argv)
+    parser.add_argument("--small", action="store_true", help="take tiny models, to try the command")
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder of the results; default: benchmarks/results/ and the device"
+    )
+    args = parser.parse_args(argv)
+    args.modes = args.modes or usual_modes(args.device)
+    return args
 
 
 def loop(latents, codebooks):
@@ -75,7 +90,7 @@ def build_methods(codebooks, device, threads):
         "loop": lambda latents: loop(latents, codebooks),
         "batched product": lambda latents: batched_product(latents, codebooks),
     }
-    if importlib.util.find_spec("faiss") and device == "cpu" and math.log2(size).is_integer():
+    if importlib.util.find_spec("faiss") and torch.device(device).type == "cpu" and math.log2(size).is_integer():
         import faiss
 
         faiss.omp_set_num_threads(threads)
@@ -84,6 +99,14 @@ def build_methods(codebooks, device, threads):
         methods["faiss"] = lambda latents: index.compute_codes(
             latents.flatten(2).mT.flatten(0, 1).contiguous().numpy()
         )
+    if importlib.util.find_spec("flash_kmeans") and torch.device(device).type == "cuda":
+        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+        def flash(latents):
+            z = latents.reshape(len(latents), subspaces, dimension, -1).permute(1, 0, 3, 2).flatten(1, 2)
+            return euclid_assign_triton(z, codebooks, z.square().sum(-1))
+
+        methods["flash-kmeans"] = flash
     if importlib.util.find_spec("vector_quantize_pytorch"):
         from vector_quantize_pytorch import VectorQuantize
 
@@ -95,9 +118,10 @@ def build_methods(codebooks, device, threads):
     return methods
 
 
-def calls_until_compiled(distances):
-    """After so many searches of this many distances, ours has had itself compiled, as it would in a long run."""
-    return 1 + search._COMPILE_AFTER // distances
+def warm_up(search_once, distances, args):
+    """Search until so many distances have been computed that ours has itself compiled, as it would in a long run."""
+    for _ in range(1 if args.small else 1 + search._COMPILE_AFTER // distances):
+        search_once()
 
 
 @torch.no_grad()
@@ -107,13 +131,18 @@ def measure_search(channels, subspaces, size, count, args):
     codebooks = torch.randn(subspaces, size, channels // subspaces, generator=generator).to(args.device)
     side = math.isqrt(count)
     latents = torch.randn(1, channels, side, side, generator=generator).to(args.device)
-    row = {"d": channels, "S": subspaces, "K": size, "N": count, "seconds": {}, "peak_bytes": {}}
+    row = {"d": channels, "S": subspaces, "K": size, "N": count, "seconds": {}, "peak_bytes": {}, "modes": {}}
+    # A search launches few kernels or compiles itself: there is nothing left to compile.
+    modes = [mode for mode in args.modes if "compiled" not in mode]
     for name, method in build_methods(codebooks, args.device, args.threads).items():
-        warm_up = calls_until_compiled(count * subspaces * size) if name == "ours" else 1
         search_once = functools.partial(method, latents)
-        row["seconds"][name] = measure_seconds(search_once, args.repeats, args.device, warm_up, at_most=2)
+        if name == "ours":
+            warm_up(search_once, count * subspaces * size, args)
+        found = measure_modes(search_once, modes, args.repeats, args.device, at_most=2)
+        row["modes"][name] = found
+        row["seconds"][name] = found["eager"]["seconds"]
         if name != "faiss":
-            row["peak_bytes"][name] = measure_peak_bytes(search_once, args.device)
+            row["peak_bytes"][name] = round(found["eager"]["peak_gib"] * 2**30)
     row["ours_over"] = {name: row["seconds"]["ours"] / value for name, value in row["seconds"].items()}
     row["codes_unlike_float64"] = unlike_float64(latents, codebooks)
     return row
@@ -130,24 +159,47 @@ def unlike_float64(latents, codebooks):
     return wrong / codes.numel()
 
 
+def build_model(path, args):
+    config = PQModel.load_config(path)
+    if args.small:
+        config = config | SMALL | {"block_out_channels": (32,) * len(config["block_out_channels"])}
+    return PQModel.from_config(config).eval().to(args.device, getattr(torch, args.dtype))
+
+
+def compile_parts(model):
+    model.encoder.compile()
+    model.decoder.compile()
+
+
 @torch.no_grad()
-def measure_model(path, args, pixels=256):
-    """What share of a full-size reconstruction the quantiser takes; random weights, since only time is measured."""
-    model = PQModel.from_config(PQModel.load_config(path)).eval().to(args.device)
-    images = torch.rand(1, 3, pixels, pixels, device=args.device) * 2 - 1
+def measure_share(model, modes, batch_size, args):
+    """By mode: seconds of a reconstruction and of its quantisation; random weights, since only time is measured."""
+    images = torch.rand(batch_size, 3, args.pixels, args.pixels, device=args.device, dtype=model.dtype) * 2 - 1
     latents = model.encode(images).latents
-    config = model.config
-    distances = latents[0, 0].numel() * config.num_subspaces * config.codebook_size
-    warm_up = calls_until_compiled(distances)
-    quantisation = measure_seconds(lambda: model.quantize(latents), args.repeats, args.device, warm_up)
-    whole = measure_seconds(lambda: model(images), 3, args.device)
-    return {
-        "model": path,
-        "pixels": pixels,
-        "seconds": whole,
-        "quantisation": quantisation,
-        "share": quantisation / whole,
-    }
+    distances = latents[:, 0].numel() * model.config.num_subspaces * model.config.codebook_size
+    warm_up(lambda: model.quantize(latents), distances, args)
+    parts = measure_modes(lambda: model.quantize(latents), modes, args.repeats, args.device)
+    wholes = measure_modes(lambda: model(images), modes, min(args.repeats, 5), args.device)
+    return {mode: share_of(parts[mode], wholes[mode]) for mode in modes}
+
+
+def share_of(part, whole):
+    if "error" in part or "error" in whole:
+        return {"error": part.get("error") or whole["error"]}
+    share = {"quantisation": part["seconds"], "share": part["seconds"] / whole["seconds"]}
+    return {"seconds": whole["seconds"]} | share | {"peak_gib": whole["peak_gib"]}
+
+
+def measure_model(path, args):
+    """A row for each batch size: by mode, and what was found in the first of them as the row's own."""
+    model = build_model(path, args)
+    by_size = {size: {} for size in args.batch_sizes}
+    for modes in in_passes(args.modes, lambda: compile_parts(model)):
+        for size, found in by_size.items():
+            found |= measure_share(model, modes, size, args)
+    for size, found in by_size.items():
+        row = {"model": path, "pixels": args.pixels, "batch_size": size, "dtype": args.dtype}
+        yield row | found[args.modes[0]] | {"modes": found}
 
 
 def draw(rows, path):
@@ -162,30 +214,36 @@ def draw(rows, path):
     axes.set_xticks(range(len(rows)), labels, fontsize=7)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=110)
     plt.close(figure)
 
 
 def main(args):
     usable_device(args.device)
     torch.set_num_threads(args.threads)
-    rows = []
-    for channels, subspaces, size in SHAPES:
+    folder = args.output_dir or results_folder("benchmarks/results", args.device)
+    where = {"date": datetime.date.today().isoformat(), "machine": describe_machine(args.device)}
+    rows, models = [], []
+
+    def save():
+        write_json(folder / "quantizer_speed.json", where | {"search": rows, "models": models})
+
+    for channels, subspaces, size in SMALL_SHAPES if args.small else SHAPES:
         for count in args.sizes:
             rows.append(measure_search(channels, subspaces, size, count, args))
-            times = ", ".join(f"{name} {value * 1e3:.1f} ms" for name, value in rows[-1]["seconds"].items())
+            times = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in rows[-1]["seconds"].items())
             print(f"d={channels} S={subspaces} K={size} N={count}: {times}", flush=True)
-    models = [measure_model(path, args) for path in args.models]
-    for model in models:
-        print(
-            f"{model['model']}: quantisation {model['share']:.2%} of {model['seconds']:.2f} s at {model['pixels']} px"
-        )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine(args.device)
-    record = {"date": datetime.date.today().isoformat(), "machine": machine, "search": rows, "models": models}
-    (args.output_dir / "quantizer_speed.json").write_text(json.dumps(record, indent=2) + "\n")
-    draw(rows, args.output_dir / "quantizer_speed.png")
-    print(f"Plot: {args.output_dir / 'quantizer_speed.png'}")
+            save()
+    for path in args.models:
+        for row in measure_model(path, args):
+            models.append(row)
+            save()
+            for mode, one in row["modes"].items():
+                share = one.get("error") or f"quantisation {one['share']:.2%} of {one['seconds'] * 1e3:.1f} ms"
+                print(f"{path}, {row['batch_size']} x {args.pixels} px, {mode}: {share}", flush=True)
+    draw(rows, folder / "quantizer_speed.png")
+    print(f"Plot: {folder / 'quantizer_speed.png'}")
 
 
 if __name__ == "__main__":

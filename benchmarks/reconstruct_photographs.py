@@ -23,7 +23,7 @@ from diffusers_pq.figures import draw_reconstructions, most_different_box
 from diffusers_pq.files import replacing, write_json
 from diffusers_pq.flags import COUNT, SCALE, FlagParser, named
 from diffusers_pq.images import load_image
-from diffusers_pq.measuring import describe_machine
+from diffusers_pq.measuring import describe_machine, results_folder
 from diffusers_pq.metrics import pooled_psnr
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import codebook_usage, reconstruct_picture
@@ -52,7 +52,9 @@ def parse_args(argv=None):
     )
     parser.add_argument("--crop_side", type=COUNT, default=96, help="side of the crops, in pixels")
     parser.add_argument("--amplification", type=SCALE, default=4.0, help="factor of the differences that are shown")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder of the results; default: benchmarks/results/ and the device"
+    )
     parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
     args = parser.parse_args(argv)
     try:
@@ -117,6 +119,7 @@ def load_pictures(paths):
 
 
 def main(args):
+    folder = args.output_dir or results_folder("benchmarks/results", args.device)
     pictures = load_pictures(args.pictures) if args.pictures else load_photographs()
     rows, results = {}, {}
     for name, source in args.models:
@@ -138,11 +141,11 @@ def main(args):
         "results": rows,
         "crops": boxes,
     }
-    write_json(args.output_dir / "photographs.json", record)
-    with replacing(args.output_dir / "photographs.png") as unfinished:
+    write_json(folder / "photographs.json", record)
+    with replacing(folder / "photographs.png") as unfinished:
         figure.savefig(unfinished, dpi=80)
     print(markdown_table(rows))
-    print(f"Picture: {args.output_dir / 'photographs.png'}")
+    print(f"Picture: {folder / 'photographs.png'}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
 from diffusers_pq.files import write_json
 from diffusers_pq.flags import COUNT, FlagParser
-from diffusers_pq.measuring import describe_machine, measure_seconds
+from diffusers_pq.measuring import describe_machine, measure_seconds, results_folder
 from diffusers_pq.models import search
 
 
@@ -42,7 +42,9 @@ def parse_args(argv=None):
     parser.add_argument("--pixels", type=COUNT, default=256, help="side of the pictures, in pixels")
     parser.add_argument("--repeats", type=COUNT, default=5, help="measurements, of which the median counts")
     parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder of the results; default: experiments/results/ and the device"
+    )
     return parser.parse_args(argv)
 
 
@@ -68,6 +70,7 @@ def measure_quantizer(configuration, latents, args):
 
 def main(args):
     usable_device(args.device)
+    folder = args.output_dir or results_folder("experiments/results", args.device)
     search._COMPILE_AFTER = 0
     configurations = grid(args.latent_channels, args.num_subspaces, args.codebook_size)
     backbones = {channels: measure_backbone(channels, args) for channels in tqdm(args.latent_channels, desc="models")}
@@ -92,9 +95,9 @@ def main(args):
         "pixels": args.pixels,
         "configurations": rows,
     }
-    write_json(args.output_dir / "quantisation_overhead.json", record)
+    write_json(folder / "quantisation_overhead.json", record)
     table = pd.DataFrame(rows)
-    draw_overhead(table, args.output_dir / "quantisation_overhead.png")
+    draw_overhead(table, folder / "quantisation_overhead.png")
     print(table.to_string(index=False, float_format="{:.4g}".format))
 
 

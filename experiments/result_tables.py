@@ -14,6 +14,7 @@ VARIANTS = ("contiguous", "default", "compile")
 SEARCHES = {
     "ours": "this package",
     "faiss": "faiss",
+    "flash-kmeans": "flash-kmeans",
     "batched product": "batched product",
     "loop": "loop over subspaces",
     "vector-quantize-pytorch": "vector-quantize-pytorch",
@@ -77,7 +78,7 @@ def codebook_search(record):
 
 def model_speed(rows):
     """Seconds of encoding and decoding one picture and, of the default, peak memory."""
-    found = {(row["model"], row["pixels"], row["variant"]): row for row in rows}
+    found = {(row["model"], row["pixels"], _variant(row)): row for row in rows if row.get("batch_size", 1) == 1}
     lines = []
     for model, pixels in dict.fromkeys((model, pixels) for model, pixels, _ in sorted(found)):
         variants = [found.get((model, pixels, variant)) for variant in VARIANTS]
@@ -87,6 +88,10 @@ def model_speed(rows):
         lines.append((f"`{Path(model).name}`", pixels, *times, memory))
     head = ("encoding / decoding", "pixels", "contiguous", "default (channels_last)", "compiled", "peak memory")
     return f"{measured('benchmarks/model_speed.py', rows[0])}\n\n{markdown_table(head, lines)}"
+
+
+def _variant(row):
+    return "compile" if row.get("mode") == "compiled" and row["variant"] == "default" else row["variant"]
 
 
 def tiling(rows):
@@ -116,7 +121,7 @@ def generation_speed(record):
                 f"{row['picture_seconds']:.0f} s",
                 f"{row['peak_gib']:.1f} GiB",
                 f"{row['speed_ratio']:.2f}",
-                f"{row['paper_ratio']:.2f}",
+                f"{row['paper_ratio']:.2f}" if row["paper_ratio"] else "-",
             )
         )
     head = (

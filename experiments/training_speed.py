@@ -22,8 +22,9 @@ from diffusers.optimization import get_scheduler
 
 from diffusers_pq import PatchDiscriminator, PQModel
 from diffusers_pq.console import one_line_errors
+from diffusers_pq.files import write_json
 from diffusers_pq.flags import COUNT, FlagParser
-from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds
+from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds, results_folder
 from diffusers_pq.training.pqgan import (
     AutoencoderLoss,
     AutoencoderTrainer,
@@ -58,7 +59,9 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=COUNT, default=4, help="pictures at once")
     parser.add_argument("--repeats", type=COUNT, default=7, help="measurements, of which the median counts")
     parser.add_argument("--mixed_precision", default="no", help="precision of the forward pass, such as bf16")
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder of the results; default: experiments/results/ and the device"
+    )
     return parser.parse_args(argv)
 
 
@@ -140,8 +143,8 @@ def main(args):
         "batch_size": args.batch_size,
         "steps": rows,
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "training_speed.json").write_text(json.dumps(record, indent=2) + "\n")
+    folder = args.output_dir or results_folder("experiments/results", device)
+    write_json(folder / "training_speed.json", record)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,12 @@ from diffusers_pq.flags import FlagParser
 
 ROOT = Path(__file__).parent.parent
 EVALUATIONS = ROOT / "benchmarks" / "results" / "evaluation"
+# Of speed, what was measured on a CPU.
 RESULTS = {
-    path.stem: path for folder in ("benchmarks", "experiments") for path in (ROOT / folder).glob("results/*.json")
+    path.stem: path
+    for folder in ("benchmarks", "experiments")
+    for place in ("results", "results/cpu")
+    for path in (ROOT / folder / place).glob("*.json")
 }
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

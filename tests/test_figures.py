@@ -107,3 +107,14 @@ def test_the_command_draws_the_overview_of_any_models(tmp_path):
         assert overview.format == "JPEG" and overview.width == 2 * 220
     with pytest.raises(ValueError, match="--photographs names cat; there are astronaut"):
         run("cat")
+
+
+def test_results_go_to_a_folder_of_the_device_unless_told_otherwise(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    PQModel(**tiny_config()).save_pretrained(tmp_path / "pq")
+    PIL.Image.linear_gradient("L").resize((45, 31)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    script = runpy.run_path(str(SCRIPT))
+    flags = ["--models", "A=pq", "--crop_side", "16", "--pictures", "photo.png"]
+    script["main"](script["parse_args"](flags))
+    assert (tmp_path / "benchmarks" / "results" / "cpu" / "photographs.json").is_file()

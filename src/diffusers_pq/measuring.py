@@ -1,37 +1,57 @@
-"""What the benchmarks measure with: time, memory, and a line that says where."""
+"""What the benchmarks measure with: time, memory, and names that say where."""
 
 import math
 import platform
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 
+# How a function is run: as it is, replayed as a CUDA graph, compiled, or compiled and replayed.
+MODES = ("eager", "graphed", "compiled", "compiled_graphed")
+
+
 def describe_machine(device: str) -> str:
     """Device, threads, architecture and torch version, for the record beside every measurement."""
-    name = device if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if _is_cuda(device) else device
     return f"{name}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
+
+
+def results_folder(parent: str | Path, device: str) -> Path:
+    """The folder within `parent` for what is measured on a device: `cpu`, or a name such as `nvidia-h200`."""
+    name = torch.cuda.get_device_name(device) if _is_cuda(device) else torch.device(device).type
+    return Path(parent) / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def usual_modes(device: str) -> tuple[str, ...]:
+    """The `MODES` that a benchmark takes by default: a CPU has no graphs, and compiles for minutes."""
+    return MODES if _is_cuda(device) else ("eager",)
 
 
 def measure_seconds(
     function: Callable[[], object], repeats: int, device: str, warm_up: int = 1, at_most: float = math.inf
 ) -> float:
-    """Median wall time of `repeats` calls, or of fewer that take `at_most` seconds together, after `warm_up` more."""
+    """
+    Median time of `repeats` calls, or of fewer that take `at_most` seconds together, after `warm_up` more. On CUDA it
+    is the time between two events on the device; elsewhere that of a clock, once the device is done.
+    """
+    once = _seconds_by_events if _is_cuda(device) else _seconds_by_clock
+    for _ in range(warm_up):
+        once(function, device)
     times = []
-    while len(times) < warm_up + repeats and (len(times) <= warm_up or sum(times[warm_up:]) < at_most):
-        started = time.perf_counter()
-        function()
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[warm_up:])
+    while len(times) < repeats and (not times or sum(times) < at_most):
+        times.append(once(function, device))
+    return statistics.median(times)
 
 
 def measure_peak_bytes(function: Callable[[], object], device: str) -> int:
     """The most that torch (no other library) held at once during a call, beyond what it held before."""
-    if device != "cpu":
+    if _is_cuda(device):
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()
@@ -44,3 +64,108 @@ def measure_peak_bytes(function: Callable[[], object], device: str) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def in_passes(modes: Sequence[str], compile: Callable[[], object]) -> Iterator[list[str]]:
+    """
+    `MODES` in two passes: first those that take functions as they are, then, once `compile` has been called, those in
+    which they are compiled. Compiling is done in place (`module.compile()`) and for good.
+    """
+    for is_compiled in (False, True):
+        now = [mode for mode in modes if ("compiled" in mode) == is_compiled]
+        if now and is_compiled:
+            compile()
+        if now:
+            yield now
+
+
+def measure_modes(
+    function: Callable[[], object], modes: Sequence[str], repeats: int, device: str, at_most: float = math.inf
+) -> dict[str, dict]:
+    """
+    Time and memory of a function in several `MODES`.
+
+    Args:
+        function: See [`graphed`].
+        modes (`Sequence[str]`): Out of `MODES`, as [`in_passes`] gives them.
+        repeats, device, at_most: As for [`measure_seconds`].
+
+    Returns:
+        `dict`: By mode `seconds`, `first_seconds` (of the first call, with its compilation or recording, which are no
+        part of the former) and `peak_gib` beyond what was held before; or an `error`, so that a mode that fails costs
+        no other.
+    """
+    rows = {}
+    for mode in modes:
+        try:
+            rows[mode] = _measure_mode(function, "graphed" in mode, repeats, device, at_most)
+        except Exception as error:  # compilers and drivers raise errors without a common class
+            rows[mode] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    return rows
+
+
+def _measure_mode(function, is_graphed, repeats, device, at_most):
+    started, call = time.perf_counter(), function
+    if is_graphed:
+        function()  # compiles, which cannot be recorded
+        call, peak = _graphed_with_peak(function, device)
+    call()
+    first_seconds = time.perf_counter() - started
+    if not is_graphed:
+        peak = measure_peak_bytes(function, device)
+    seconds = measure_seconds(call, repeats, device, at_most=at_most)
+    return {"seconds": seconds, "first_seconds": first_seconds, "peak_gib": peak / 2**30}
+
+
+def _graphed_with_peak(function, device):
+    """A graph holds its memory from the recording on."""
+    recorded = []
+    peak = measure_peak_bytes(lambda: recorded.append(graphed(function, device)), device)
+    return recorded[0], peak
+
+
+def graphed(function: Callable[[], object], device: str) -> Callable[[], None]:
+    """
+    Record what a function launches on a CUDA device, to be launched again at once, without the host's part.
+
+    Args:
+        function: Reads and writes the same tensors whenever it is called, and does not wait for the device.
+        device (`str`): A CUDA device.
+
+    Returns:
+        Launches the record.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what is only done at first, such as choosing algorithms, is no part of the record
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    return graph.replay
+
+
+def _is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def _seconds_by_events(function: Callable[[], object], device: str) -> float:
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def _seconds_by_clock(function: Callable[[], object], device: str) -> float:
+    started = time.perf_counter()
+    function()
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started

@@ -156,9 +156,9 @@ def repository(tmp_path):
     cards = {"cards": {"tiny": facts, "later": facts}}
     (tmp_path / "models" / "cards.yaml").write_text(yaml.safe_dump(cards))
     results = tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
+    (results / "cpu").mkdir(parents=True)
     (tmp_path / "experiments" / "results").mkdir(parents=True)
-    (results / "photographs.json").write_text(json.dumps({"models": [], "results": {}}))
+    (results / "cpu" / "photographs.json").write_text(json.dumps({"models": [], "results": {}}))
     shutil.copytree(
         ROOT / "benchmarks/results/evaluation/pqgan-mini-f8-pq", results / "evaluation" / "tiny", dirs_exist_ok=True
     )

@@ -31,7 +31,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _FACTS = "cards.yaml"
 _RECIPES = "training_scripts/recipes"
 _EVALUATIONS = "benchmarks/results/evaluation"
-_PHOTOGRAPHS = "benchmarks/results/photographs.json"
+_PHOTOGRAPHS = "benchmarks/results/cpu/photographs.json"
 _ADAPTATION = "experiments/results/adaptation.json"
 
 _ADAPTER = "adapter"

@@ -1,0 +1,62 @@
+"""The benchmarks on tiny networks: what they write, not how fast they are."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a benchmark in the repository and returns what it wrote."""
+    monkeypatch.chdir(ROOT)
+
+    def run_benchmark(name, *flags, written):
+        script = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+        script["main"](script["parse_args"]([*map(str, flags), "--output_dir", str(tmp_path)]))
+        return json.loads((tmp_path / f"{written}.json").read_text())
+
+    return run_benchmark
+
+
+def test_table_3_is_measured_for_each_batch_size_against_the_base_of_each_family(run, tmp_path):
+    flags = ["--small", "--steps", 1, "--batch_sizes", 2, 1, "--systems", "PQSD-Quick", "SDXL-PQ-HR"]
+    record = run("generation_speed", *flags, "--num_inference_steps", 10, written="generation_speed")
+    assert list(record["systems"]) == ["SD 2.1", "PQSD-Quick", "SDXL", "SDXL-PQ-HR"]
+    quick, base = record["systems"]["PQSD-Quick"], record["systems"]["SD 2.1"]
+    assert (quick["F"], quick["d"], quick["pixels"]) == (16, 256, 64)
+    two, base_two = quick["batches"]["2"]["eager"], base["batches"]["2"]["eager"]
+    assert two["picture_seconds"] == pytest.approx((10 * two["step_seconds"] + two["decode_seconds"]) / 2)
+    assert two["speed_ratio"] == pytest.approx(base_two["picture_seconds"] / two["picture_seconds"])
+    assert quick["picture_seconds"] == two["picture_seconds"], "the first batch size is the row's own"
+    assert (tmp_path / "generation_speed.png").is_file()
+
+
+def test_the_search_and_its_share_of_a_reconstruction_are_measured(run):
+    flags = ["--small", "--sizes", 16, "--repeats", 1, "--pixels", 32, "--models", "model_cards/pqgan-f8"]
+    record = run("quantizer_speed", *flags, "--batch_sizes", 1, 2, written="quantizer_speed")
+    assert {row["S"] for row in record["search"]} == {4, 16}
+    assert {"ours", "loop", "batched product", "faiss"} <= record["search"][0]["seconds"].keys()
+    assert all(row["codes_unlike_float64"] == 0 for row in record["search"])
+    shares = {row["batch_size"]: row["modes"]["eager"] for row in record["models"]}
+    assert shares.keys() == {1, 2} and all(0 < row["share"] < 1 and row["peak_gib"] > 0 for row in shares.values())
+
+
+def test_rows_of_models_that_are_measured_again_replace_earlier_ones(run):
+    flags = ["--small", "--models", "model_cards/pqgan-f8", "--pixels", 32, "--repeats", 1, "--tiling_pixels", 264]
+    run("model_speed", *flags, written="model_speed")
+    rows = run("model_speed", *flags, "--batch_sizes", 1, 2, "--layouts", "channels_last", "default", written="tiling")
+    assert len(rows) == 1 and 0 < rows[0]["tiled_to_whole"]
+    rows = run("model_speed", *flags, written="model_speed")
+    kinds = [(row["variant"], row["batch_size"], row["mode"]) for row in rows]
+    assert sorted(kinds) == [
+        ("channels_last", 1, "eager"),
+        ("channels_last", 2, "eager"),
+        ("contiguous", 1, "eager"),
+        ("default", 1, "eager"),
+        ("default", 2, "eager"),
+    ]
