@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers_pq.autoencoders import load_pq_model
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.latent_cache import encode_dataset
-from diffusers_pq.data.pictures import Crops, PictureSource
+from diffusers_pq.data.pictures import INTERPOLATION_MODES, RESIZE_MODES, Crops, PictureSource
 from diffusers_pq.flags import COUNT, FlagParser
 
 
@@ -36,6 +36,15 @@ def parse_args(argv=None):
     parser.add_argument("--cache_dir", help="where datasets are kept; default: the Hub's cache")
     parser.add_argument("--resolution", type=COUNT, required=True, help="side of the pictures, in pixels")
     parser.add_argument("--min_image_side", type=COUNT, help="smaller pictures are skipped; default: the resolution")
+    parser.add_argument(
+        "--resize_mode",
+        choices=RESIZE_MODES,
+        default="short_side",
+        help="how pictures are made square, as in training",
+    )
+    parser.add_argument(
+        "--image_interpolation_mode", choices=INTERPOLATION_MODES, default="bicubic", help="filter of the resizing"
+    )
     parser.add_argument(
         "--center_crop",
         action=argparse.BooleanOptionalAction,
@@ -64,7 +73,8 @@ def main(args):
     crops = Crops(
         args.image_column,
         args.resolution,
-        resize_mode="short_side",
+        resize_mode=args.resize_mode,
+        image_interpolation_mode=args.image_interpolation_mode,
         center_crop=args.center_crop,
         random_flip=args.random_flip,
         min_image_side=args.min_image_side,

@@ -4,7 +4,8 @@
     accelerate launch training_scripts/train_pqgan.py --model_config_name_or_path model_cards/pqgan-f8 \\
         --dataset_name ILSVRC/imagenet-1k --output_dir runs/pqgan-f8
 
-The defaults are the paper's (Table 4, appendix A.1) for one process; `training_scripts/README.md` has the recipes.
+The defaults are the paper's (Table 4, appendix A.1) for one process, except that pictures are cropped;
+`training_scripts/README.md` has the recipes, which resize them as the paper's authors do.
 """
 
 from diffusers_pq.console import one_line_errors

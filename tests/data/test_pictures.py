@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchvision.transforms import InterpolationMode, Resize
 
 from diffusers_pq.data.conditions import caption_texts, class_names
 from diffusers_pq.data.loaders import (
@@ -23,7 +24,15 @@ from diffusers_pq.data.loaders import (
     StreamPosition,
     build_train_loader,
 )
-from diffusers_pq.data.pictures import BadImageError, ConditionedCrops, Crops, PictureSource, usable_rows
+from diffusers_pq.data.pictures import (
+    INTERPOLATION_MODES,
+    RESIZE_MODES,
+    BadImageError,
+    ConditionedCrops,
+    Crops,
+    PictureSource,
+    usable_rows,
+)
 from diffusers_pq.images import to_tensor
 
 
@@ -340,6 +349,29 @@ def test_sizes_say_where_a_crop_lies_in_the_resized_picture(tmp_path):
         (mirrored,) = (name for name, part in parts.items() if torch.equal(part, example["pixel_values"]))
         seen.add(mirrored)
     assert seen == {False, True}
+
+
+@pytest.mark.parametrize("mode", INTERPOLATION_MODES)
+def test_stretched_pictures_are_whole_and_resized_as_the_papers_authors_do(mode):
+    """Their loader: `transforms.Resize((R, R))` on Pillow's pictures, which is bilinear unless told otherwise."""
+    picture = noise(301, 120, 0)
+    crops = Crops("image", 24, resize_mode="stretch", image_interpolation_mode=mode)
+    expected = to_tensor(Resize((24, 24), InterpolationMode(mode))(picture))
+    for seed in (0, 1):
+        assert torch.equal(crops(undecoded([png(picture)])[0], random.Random(seed))[0], expected)
+
+
+def test_native_crops_are_not_resized_and_those_of_the_short_side_are():
+    row = undecoded([png(noise(60, 40, 0))])[0]
+    windows = to_tensor(noise(60, 40, 0)).unfold(1, 20, 1).unfold(2, 20, 1).permute(1, 2, 0, 3, 4)
+    found = {}
+    for mode in RESIZE_MODES:
+        crop = Crops("image", 20, resize_mode=mode)(row, random.Random(0))[0]
+        found[mode] = bool((windows == crop).flatten(2).all(2).any())
+    assert found == {"native": True, "short_side": False, "stretch": False}
+    smaller = to_tensor(noise(60, 40, 0).resize((30, 20), PIL.Image.Resampling.BILINEAR, reducing_gap=3.0))
+    crop = Crops("image", 20, 1, "short_side", "bilinear", center_crop=True)(row, random.Random(0))[0]
+    assert torch.equal(crop, smaller[:, :, 5:25])
 
 
 @pytest.mark.parametrize("labels", [[0, 10**9], [-1, 3]])

@@ -126,13 +126,13 @@ def test_pictures_are_made_square_by_a_crop_or_stretched(tmp_path):
     stripes[:, :16] = 255  # a quarter, which a centre crop leaves out
     PIL.Image.fromarray(stripes).save(folder / "stripes.png")
     shares = {}
-    for mode in ("crop", "stretch"):
+    for mode in ("short_side", "stretch"):
         data = EvaluationData(data_dir=str(folder.parent), resolution=32, resize_mode=mode)
         (picture,) = next(iter(data.loader(batch_size=1)))
         assert picture.shape == (3, 32, 32)
         shares[mode] = float((picture > 0).double().mean())
-    assert shares == {"crop": 0, "stretch": 0.25}
-    with pytest.raises(ValueError, match="`--resize_mode` must be one of crop, stretch, but is 'pad'"):
+    assert shares == {"short_side": 0, "stretch": 0.25}
+    with pytest.raises(ValueError, match="`--resize_mode` must be one of short_side, stretch, but is 'pad'"):
         EvaluationData(data_dir=str(folder.parent), resize_mode="pad")
 
 
@@ -354,8 +354,8 @@ def test_an_evaluation_with_other_settings_is_not_gone_on_with(tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(batch_size 2 there, 3 now\)"):
         EvaluationProgress(tmp_path, 0, {"batch_size": 3, "split": "test"}).restore(metrics)
     # Of a version that knew no `resize_mode`, and cropped
-    check_settings({"split": "test"}, {"split": "test", "resize_mode": "crop"}, tmp_path)
-    with pytest.raises(ValueError, match="resize_mode 'crop' there, 'stretch' now"):
+    check_settings({"split": "test"}, {"split": "test", "resize_mode": "short_side"}, tmp_path)
+    with pytest.raises(ValueError, match="resize_mode 'short_side' there, 'stretch' now"):
         check_settings({"split": "test"}, {"split": "test", "resize_mode": "stretch"}, tmp_path)
 
 
@@ -481,8 +481,8 @@ def test_the_papers_protocol_sets_what_its_authors_do_and_is_not_contradicted(ph
         expected = np.asarray(picture.resize((32, 32), PIL.Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(to_uint8(batch[4]).permute(1, 2, 0).numpy(), expected)
     with pytest.raises(SystemExit):
-        script["parse_args"]([*flags, "--resize_mode", "crop"])
-    assert "--protocol paper is with --resize_mode stretch, but crop was given" in capsys.readouterr().err
+        script["parse_args"]([*flags, "--resize_mode", "short_side"])
+    assert "--protocol paper is with --resize_mode stretch, but short_side was given" in capsys.readouterr().err
 
 
 def test_other_pictures_make_another_table(photographs, tmp_path):

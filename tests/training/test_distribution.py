@@ -14,7 +14,7 @@ from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
 from diffusers_pq import PQModel
-from diffusers_pq.data.pictures import PictureSource, usable_rows
+from diffusers_pq.data.pictures import Crops, PictureSource, usable_rows
 from diffusers_pq.training.codebooks import EMACodebooks
 from diffusers_pq.training.pqgan import AutoencoderLoss, LossWeights, ReconstructionModel, ReconstructionValidation
 
@@ -83,7 +83,7 @@ def test_two_processes_stream_validate_and_resume_exactly(tmp_path):
     assert scores[0] == scores[1]
     # One process, and another batch size, give the same means: none of the five pictures was counted twice.
     rows = usable_rows(PictureSource(data_dir=str(tmp_path / "data")).load("validation"), "image", 64)
-    validation = ReconstructionValidation(Accelerator(cpu=True), rows, "image", 32, 4)
+    validation = ReconstructionValidation(Accelerator(cpu=True), rows, Crops("image", 32, center_crop=True), 4)
     alone, _ = validation.evaluate(ReconstructionModel(PQModel.from_pretrained(tmp_path / "whole" / "best")))
     assert scores[0] == pytest.approx({"step": 6} | alone, rel=1e-4)
 

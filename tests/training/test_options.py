@@ -141,6 +141,9 @@ def test_recipes_of_pqgan_are_those_of_table_4(name, at_the_root):
     (row,) = table_4()[PAPERS_RECIPES[name]]
     assert (args.resolution, args.max_train_steps, args.total_batch_size, args.learning_rate) == row
     assert args.train_batch_size is None and args.dataset_name == "ILSVRC/imagenet-1k"
+    # The authors' loader: every picture, whole, to a square, by torchvision's default filter
+    assert (args.resize_mode, args.image_interpolation_mode) == ("stretch", "bilinear")
+    assert not args.random_flip and args.min_image_side == args.crops_per_image == 1
     # VQGAN's, which appendix A.1 takes over
     assert (args.perceptual_weight, args.codebook_weight, args.discriminator_weight) == (1.0, 1.0, 0.8)
     assert (args.lr_scheduler, args.lr_warmup_steps, args.adam_beta1, args.adam_beta2) == ("constant", 0, 0.5, 0.9)
@@ -163,6 +166,7 @@ def test_recipes_of_pqsd_are_those_of_table_4(name, at_the_root):
     assert [stage.trained for stage in args.stages] == ["conv"] + ["all"] * (len(rows) - 1)
     assert args.unet_init == "copy"
     assert args.max_train_steps == sum(steps for _, steps, _, _ in rows) == 1_020_000
+    assert not args.random_flip and args.resize_mode == "short_side"
     factor = {"pqsd-precise": "f8"}.get(name, "f16-d256")
     assert args.vae_name_or_path == f"runs/pqgan-{factor}-768"
 

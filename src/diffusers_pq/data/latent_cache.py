@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _INDEX = "latents.json"
 _SIZES = ("num_subspaces", "codebook_size", "downsampling_factor")
+# What indices of earlier versions do not say.
+_EARLIER_CROPS = {"resize_mode": "short_side", "image_interpolation_mode": "bicubic"}
 
 
 def pack_codes(codes: torch.LongTensor, codebook_size: int) -> bytes:
@@ -77,8 +79,8 @@ def encode_dataset(
     """
     folder = Path(output_dir) / str(crops.resolution)
     index = _index(vae, crops.resolution) | {"rows": len(dataset), "rows_per_shard": rows_per_shard}
-    index |= {"center_crop": crops.center_crop, "random_flip": crops.random_flip}
-    index |= {"min_image_side": crops.min_image_side, "condition_column": condition_column}
+    settings = "resize_mode", "image_interpolation_mode", "center_crop", "random_flip", "min_image_side"
+    index |= {name: getattr(crops, name) for name in settings} | {"condition_column": condition_column}
     if accelerator.is_main_process:
         index |= {"rows_sha256": fingerprint_rows(dataset)}
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +198,7 @@ def _write_index(path: Path, index: dict):
 
 def _check_index(expected: dict, found: dict, folder: Path):
     # The sizes are missing in indices of earlier versions, which the digest of the model stands for.
-    found = {name: expected[name] for name in _SIZES if name in expected} | found
+    found = {name: expected[name] for name in _SIZES if name in expected} | _EARLIER_CROPS | found
     unlike = [name for name, value in expected.items() if found.get(name) != value]
     if unlike:
         differences = ", ".join(f"{name} is {found.get(name)}, not {expected[name]}" for name in unlike)

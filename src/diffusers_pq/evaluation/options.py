@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..data.pictures import INTERPOLATION_MODES
 from ..flags import COUNT, COUNT_OR_NONE, SCALE, SEED, FlagParser, number
 from ..metrics import DEFAULT_METRICS, METRICS
 from .reconstruction import PROTOCOLS, RESIZE_MODES
@@ -39,12 +40,12 @@ def parse_reconstruction_args(argv: list[str] | None = None, description: str | 
     data.add_argument(
         "--resize_mode",
         choices=RESIZE_MODES,
-        default="crop",
+        default="short_side",
         help="to a square: resize the short side and take the centre, or resize to a square as the paper's authors do",
     )
     data.add_argument(
         "--image_interpolation_mode",
-        choices=("bicubic", "bilinear", "box", "lanczos"),
+        choices=INTERPOLATION_MODES,
         default="bicubic",
         help="filter of the resizing",
     )

@@ -39,7 +39,7 @@ from .systems import SYSTEMS, load_for_evaluation
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
-RESIZE_MODES = ("crop", "stretch")
+RESIZE_MODES = ("short_side", "stretch")
 PROTOCOLS = {
     "paper": {
         "split": "validation",
@@ -90,8 +90,8 @@ class EvaluationData:
         split (`str`): `"validation"`, `"test"`, ...
         image_column (`str`): The column that holds the pictures.
         resolution (`int`): Side of the squares, in pixels. `None`, with generated pictures only, is theirs.
-        resize_mode (`str`): `"crop"` resizes the short side and takes the centre; `"stretch"` resizes whole pictures,
-            whose proportions change, as the paper's authors do.
+        resize_mode (`str`): `"short_side"` resizes the short side and takes the centre; `"stretch"` resizes whole
+            pictures, whose proportions change, as the paper's authors do.
         image_interpolation_mode (`str`): Filter of the resizing, antialiased.
         max_samples (`int`, *optional*): Only the first pictures; default: all.
 
@@ -105,7 +105,7 @@ class EvaluationData:
     split: str = "validation"
     image_column: str = "image"
     resolution: int | None = 256
-    resize_mode: str = "crop"
+    resize_mode: str = "short_side"
     image_interpolation_mode: str = "bicubic"
     max_samples: int | None = None
 
@@ -188,7 +188,7 @@ _DATA_DEFAULTS = {field.name: field.default for field in fields(EvaluationData)}
 
 
 def _squares(data: EvaluationData, rows: list[dict]) -> torch.Tensor:
-    side = data.resolution if data.resize_mode == "crop" else (data.resolution, data.resolution)
+    side = data.resolution if data.resize_mode == "short_side" else (data.resolution, data.resolution)
     resize = Resize(side, InterpolationMode(data.image_interpolation_mode))
     square = Compose([resize, CenterCrop(data.resolution), to_tensor])
     return torch.stack([square(decode_image(row[data.image_column])) for row in rows])
@@ -396,7 +396,7 @@ def run_evaluation(
     name = name or Path(pretrained_model_name_or_path).name
     antialias = {"inception_antialias": True} if inception_antialias else {}
     protocol = protocol_of(asdict(data) | antialias)
-    suffix = f"-{protocol or data.resize_mode}" if data.resize_mode != "crop" or protocol else ""
+    suffix = f"-{protocol or data.resize_mode}" if data.resize_mode != "short_side" or protocol else ""
     folder = Path(output_dir, name.replace("/", "--"), f"{data.name}-{data.split}-{data.resolution}{suffix}")
     share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     with accelerator.local_main_process_first():  # what must be downloaded, is so once

@@ -608,7 +608,8 @@ def load_training_data(data: ConditionedDataOptions, task: DenoiserTask, resolut
     crops = Crops(
         data.image_column,
         resolution,
-        resize_mode="short_side",
+        resize_mode=data.resize_mode,
+        image_interpolation_mode=data.image_interpolation_mode,
         center_crop=data.center_crop,
         random_flip=data.random_flip,
         min_image_side=data.min_image_side,
@@ -712,16 +713,22 @@ def _build_loader(options, accelerator, pictures, step) -> DataLoader:
 
 
 def _build_validation(options, accelerator, task) -> DenoisingValidation | None:
-    column = options.data.image_column
-    images = load_validation_split(options.data, task.condition_column)
+    data = options.data
+    images = load_validation_split(data, task.condition_column)
     if images is None:
         return None
-    rows = usable_rows(images, column, options.run.num_validation_images)
+    rows = usable_rows(images, data.image_column, options.run.num_validation_images)
     if not rows:
         logger.warning("No picture of the validation can be used: no validation loss.")
         return None
-    resolution = task.stages[-1].resolution
-    crops = Crops(column, resolution, resize_mode="short_side", center_crop=True, min_image_side=1)
+    crops = Crops(
+        data.image_column,
+        task.stages[-1].resolution,
+        resize_mode=data.resize_mode,
+        image_interpolation_mode=data.image_interpolation_mode,
+        center_crop=True,
+        min_image_side=1,
+    )
     transform = ConditionedCrops(crops, task.validation_condition, task.with_sizes)
     objective, batch_size = task.objective.for_validation(), options.optim.train_batch_size
     return DenoisingValidation(accelerator, rows, transform, objective, batch_size)

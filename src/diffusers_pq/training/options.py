@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..data.pictures import PictureSource
+from ..data.pictures import INTERPOLATION_MODES, RESIZE_MODES, PictureSource
 from ..flags import Command, Options, flag, with_default
 
 
@@ -49,6 +49,9 @@ class DataOptions(Options):
     )
     min_image_side: int | None = flag(
         None, "pictures with a shorter side are bad; default: the resolution, so that none is enlarged", minimum=1
+    )
+    image_interpolation_mode: str = flag(
+        "bicubic", "filter of the resizing; the paper's authors: bilinear", choices=INTERPOLATION_MODES
     )
     random_flip: bool = flag(False, "mirror half the pictures")
     max_train_samples: int | None = flag(None, "train on so many of the pictures only; by default on all", minimum=1)
@@ -208,6 +211,12 @@ class ConditionedDataOptions(DataOptions):
 
     latents_dir: str | None = flag(
         None, "what `encode_dataset.py` wrote; pictures are then read for validation only", differs="between machines"
+    )
+    resize_mode: str = flag(
+        "short_side",
+        "take a square from pictures resized to a short side of the resolution (short_side), from pictures as they "
+        "are (native), or make whole pictures squares (stretch)",
+        choices=RESIZE_MODES,
     )
     center_crop: bool = flag(False, "take the middle of each picture instead of a random part")
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..autoencoders import create_autoencoder, downsampling_factor, load_autoencoder
 from ..data.loaders import build_train_loader, first_batches
-from ..data.pictures import Crops, usable_rows
+from ..data.pictures import RESIZE_MODES, Crops, usable_rows
 from ..flags import Options, flag, with_default
 from ..images import to_uint8
 from ..metrics import LPIPS, PSNR, SSIM, CodebookUsage, WeightsUnavailableError, load_lpips, psnr
@@ -356,8 +356,7 @@ class ReconstructionValidation:
     Args:
         accelerator (`Accelerator`)
         rows (`list[dict]`): What [`usable_rows`] returns, the same in every process.
-        image_column (`str`)
-        resolution (`int`): Side of the centre crops.
+        crops ([`~diffusers_pq.data.pictures.Crops`]): One of each picture, not random.
         batch_size (`int`): Per process.
         lpips (*optional*): What [`load_lpips`] returns, to report `lpips`.
     """
@@ -366,18 +365,17 @@ class ReconstructionValidation:
         self,
         accelerator: Accelerator,
         rows: list[dict],
-        image_column: str,
-        resolution: int,
+        crops: Crops,
         batch_size: int,
         lpips: nn.Module | None = None,
     ):
         self.accelerator = accelerator
         rows, self.count = share_out(rows, accelerator)
-        self.crops = Crops(image_column, resolution, center_crop=True, min_image_side=1)
-        self.loader = DataLoader(rows, batch_size=batch_size, collate_fn=self._centre_crops)
+        self.crops = crops
+        self.loader = DataLoader(rows, batch_size=batch_size, collate_fn=self._collate)
         self.metrics = {"psnr": PSNR(), "ssim": SSIM()} | ({} if lpips is None else {"lpips": LPIPS(lpips)})
 
-    def _centre_crops(self, rows: list[dict]) -> torch.Tensor:
+    def _collate(self, rows: list[dict]) -> torch.Tensor:
         return torch.cat([self.crops(row, random.Random(0)) for row in rows])
 
     @torch.no_grad()
@@ -487,12 +485,24 @@ class CropOptions(DataOptions):
 
     resolution: int = flag(256, "side of the crops, in pixels", minimum=1)
     crops_per_image: int = flag(1, "crops cut from each decoded picture", minimum=1, fixed=True)
+    resize_mode: str = flag(
+        "native",
+        "cut crops from pictures as they are (native), or resized to a short side of --resolution (short_side), or "
+        "make whole pictures squares, as the paper's authors do (stretch)",
+        choices=RESIZE_MODES,
+    )
     center_crop: bool = flag(False, "cut the middle out of each picture instead of a random part")
 
     def check(self):
         super().check()
-        if self.center_crop and self.crops_per_image > 1:
+        if self.crops_per_image == 1:
+            return
+        if self.center_crop:
             raise ValueError(f"--center_crop cuts the same --crops_per_image {self.crops_per_image} times: give 1")
+        if self.resize_mode == "stretch":
+            raise ValueError(
+                f"--resize_mode stretch leaves nothing to cut --crops_per_image {self.crops_per_image} times: give 1"
+            )
 
 
 @dataclass(kw_only=True)
@@ -683,8 +693,16 @@ def _check_resolution(resolution, autoencoder):
 
 
 def _random_crops(data):
-    how = {"center_crop": data.center_crop, "random_flip": data.random_flip, "min_image_side": data.min_image_side}
-    return Crops(data.image_column, data.resolution, data.crops_per_image, **how)
+    return Crops(
+        data.image_column,
+        data.resolution,
+        data.crops_per_image,
+        resize_mode=data.resize_mode,
+        image_interpolation_mode=data.image_interpolation_mode,
+        center_crop=data.center_crop,
+        random_flip=data.random_flip,
+        min_image_side=data.min_image_side,
+    )
 
 
 def _init_codebooks(options, trainer, train_images):
@@ -743,9 +761,15 @@ def _build_validation(options, accelerator, perceptual_loss):
         logger.warning("No picture of the validation can be used: no validation.")
         return None
     lpips = perceptual_loss or _available_lpips()
-    return ReconstructionValidation(
-        accelerator, rows, data.image_column, data.resolution, options.optim.train_batch_size, lpips
+    crops = Crops(
+        data.image_column,
+        data.resolution,
+        resize_mode=data.resize_mode,
+        image_interpolation_mode=data.image_interpolation_mode,
+        center_crop=True,
+        min_image_side=1,
     )
+    return ReconstructionValidation(accelerator, rows, crops, options.optim.train_batch_size, lpips)
 
 
 def _save_autoencoder(trainer, folder):
