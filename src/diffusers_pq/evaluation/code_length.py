@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from ..compression import pack_codes
+from ..models.autoencoder_pq import PQModel
 from ..models.masked_transformer import PQMaskedTransformer
 
 
@@ -51,3 +53,32 @@ def code_length(
         bits += (entropies * revealed).flatten(1).sum(1)
         known = until
     return bits
+
+
+def bits_per_code(
+    vae: PQModel,
+    transformer: PQMaskedTransformer,
+    codes: torch.LongTensor,
+    condition: dict[str, torch.Tensor],
+    num_steps: int = 32,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """
+    Bits per code of pictures under a masked transformer, beside those that coders without one take.
+
+    Args:
+        vae ([`PQModel`]): Whose codes they are.
+        transformer, codes, condition, num_steps, generator: See [`code_length`].
+
+    Returns:
+        `dict[str, float]`: `masked`, the estimate of [`code_length`]; `adaptive`, what `diffusers-pq compress` writes
+        for the pictures, header included; `uniform`, log2 K.
+    """
+    size = tuple(side * vae.downsampling_factor for side in (codes.shape[-1], codes.shape[-2]))
+    masked = code_length(transformer, codes, condition, num_steps, generator).sum()
+    adaptive = sum(8 * len(pack_codes(vae, picture[None], size)) for picture in codes)
+    return {
+        "masked": float(masked) / codes.numel(),
+        "adaptive": adaptive / codes.numel(),
+        "uniform": math.log2(vae.config.codebook_size),
+    }

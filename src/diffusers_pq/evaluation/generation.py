@@ -24,6 +24,7 @@ from ..images import load_image, save_image, to_tensor, to_uint8
 from ..measuring import describe_machine
 from ..metrics import load_metrics
 from ..pipelines.pipeline_latent_diffusion_pq import LatentDiffusionPQPipeline
+from ..pipelines.pipeline_masked_pq import MaskedPQPipeline
 from .reconstruction import RESULTS_FILE, EvaluationData, EvaluationProgress, check_settings
 
 
@@ -54,10 +55,11 @@ class Sampling:
 
 def draw_samples(
     accelerator: Accelerator,
-    pipeline: LatentDiffusionPQPipeline,
+    pipeline: LatentDiffusionPQPipeline | MaskedPQPipeline,
     class_labels: Sequence[int | str],
     folder: str | os.PathLike,
     sampling: Sampling,
+    **options,
 ) -> list[Path]:
     """
     Write samples as `<folder>/<number>.png`; batches that are there already are left alone. To be called by all
@@ -65,10 +67,11 @@ def draw_samples(
 
     Args:
         accelerator (`Accelerator`)
-        pipeline ([`LatentDiffusionPQPipeline`]): On the accelerator's device.
+        pipeline ([`LatentDiffusionPQPipeline`] or [`MaskedPQPipeline`]): On the accelerator's device.
         class_labels (sequence of `int` or `str`): Of the first samples, and again from the beginning.
         folder (`str` or `os.PathLike`)
         sampling ([`Sampling`])
+        options: Further arguments of the pipeline.
 
     Returns:
         `list[Path]`: The files of all processes.
@@ -81,10 +84,11 @@ def draw_samples(
         if all(paths[number].is_file() for number in numbers):
             continue
         pictures = pipeline(
-            [class_labels[number % len(class_labels)] for number in numbers],
+            class_labels=[class_labels[number % len(class_labels)] for number in numbers],
             guidance_scale=sampling.guidance_scale,
             num_inference_steps=sampling.num_inference_steps,
             generator=[_generator(sampling.seed, number) for number in numbers],
+            **options,
         ).images
         for number, picture in zip(numbers, pictures):
             save_image(picture, paths[number])
