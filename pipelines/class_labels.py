@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 
 
+def class_label(text: str) -> int | str:
+    """A class's number, or its name."""
+    return int(text) if text.isdecimal() else text
+
+
 class ClassLabelsMixin:
     """
     Reads the `class_labels` of a pipeline with `num_classes` and, in its config, `id2label`: the classes' names.

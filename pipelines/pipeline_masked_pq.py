@@ -154,6 +154,26 @@ class MaskedPQPipeline(ClassLabelsMixin, ImportedByCodeMixin, DiffusionPipeline)
             return (images,)
         return ImagePipelineOutput(images=images)
 
+    @torch.no_grad()
+    def encode_condition(
+        self, prompt: str | None = None, class_label: int | str | None = None
+    ) -> dict[str, torch.Tensor]:
+        r"""
+        What the transformer is told of one picture: its arguments for a prompt or a class, or for neither.
+
+        Args:
+            prompt (`str`, *optional*): Of a text-conditional model; default: the empty one.
+            class_label (`int` or `str`, *optional*): Of a class-conditional model; default: the class of none.
+
+        Raises:
+            ValueError: if the other kind of condition is given, or there is no such class.
+        """
+        if self.transformer.config.cross_attention_dim is not None:
+            return self._encode_condition(prompt or "", class_label, False)[0]
+        if class_label is None and prompt is None:
+            return {"class_labels": torch.tensor([self.num_classes], device=self._execution_device)}
+        return self._encode_condition(prompt, class_label, False)[0]
+
     def _guided_logits(self, codes, mask, condition: dict, scale: float, is_guided: bool) -> torch.Tensor:
         """Logits `[B, S, K, h, w]`; of a guided call, `condition` holds the conditions and then the empty ones."""
         if is_guided:

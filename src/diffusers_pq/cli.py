@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import __version__
 from .console import report
-from .flags import COUNT, FlagParser, number
+from .flags import COUNT, SEED, FlagParser, number
 
 
 def _build_parser() -> FlagParser:
@@ -135,6 +135,18 @@ def _build_parser() -> FlagParser:
     compress.add_argument("--output", type=Path, required=True, help="file to write, such as picture.pqc")
     compress.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
     compress.set_defaults(run=_compress)
+
+    length = commands.add_parser(
+        "code-length", help="estimate the bits per code of pictures under a masked transformer, beside compress's"
+    )
+    length.add_argument("pictures", type=Path, nargs="+", help="files to read")
+    length.add_argument("--model", required=True, help="folder or Hub repository of a MaskedPQPipeline")
+    length.add_argument("--class-label", help="name or number of the pictures' class; default: no class")
+    length.add_argument("--prompt", help="text of the pictures, for a model that takes texts; default: no text")
+    length.add_argument("--steps", type=COUNT, default=32, help="calls of the transformer for each picture")
+    length.add_argument("--seed", type=SEED, default=0, help="seed of the order in which codes are revealed")
+    length.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    length.set_defaults(run=_code_length)
 
     decompress = commands.add_parser("decompress", help="turn a compressed file back into a picture")
     decompress.add_argument("file", type=Path, help="what compress wrote")
@@ -289,6 +301,22 @@ def _compress(args):
         unfinished.write_bytes(data)
     bits = 8 * len(data) / (picture.width * picture.height)
     print(f"{args.output}: bits_per_pixel {bits:.4g}, psnr {psnr(*pair).item():.4g}")
+
+
+def _code_length(args):
+    from .devices import usable_device
+    from .evaluation.code_length import bits_per_code_of_files
+    from .files import folder_or_hub
+    from .pipelines.class_labels import class_label
+    from .pipelines.pipeline_masked_pq import MaskedPQPipeline
+
+    device = usable_device(args.device)
+    with folder_or_hub(args.model):
+        pipeline = MaskedPQPipeline.from_pretrained(args.model, use_safetensors=True).to(device)
+    label = None if args.class_label is None else class_label(args.class_label)
+    bits = bits_per_code_of_files(pipeline, args.pictures, label, args.prompt, args.steps, args.seed)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in bits.items())
+    print(f"bits per code of {len(args.pictures)} pictures: {shown}")
 
 
 def _decompress(args):

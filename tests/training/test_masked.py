@@ -5,7 +5,6 @@ import torch
 from conftest import tiny_config
 
 from diffusers_pq import PQMaskedTransformer, PQModel
-from diffusers_pq.evaluation.code_length import code_length
 from diffusers_pq.training.masked import MaskedCodePredictor, MaskedObjective, draw_masks
 
 
@@ -72,12 +71,3 @@ def test_a_text_encoder_is_trained_only_if_asked():
     frozen = MaskedCodePredictor(transformer, encoder).learned_parameters()
     assert len(frozen) == len(list(transformer.parameters()))
     assert len(MaskedCodePredictor(transformer, encoder, True).learned_parameters()) == len(frozen) + 2
-
-
-def test_a_uniform_prior_takes_log2_k_bits_a_code_in_any_number_of_steps():
-    codes = torch.randint(16, (2, 4, 4, 4))
-    for steps in (1, 3, 64, 100):
-        bits = code_length(tiny(), codes, {"class_labels": torch.tensor([0, 1])}, steps)
-        torch.testing.assert_close(bits, torch.full((2,), 4.0 * 64, dtype=torch.float64))
-    with pytest.raises(ValueError, match="`num_steps` must be at least 1, but is 0"):
-        code_length(tiny(), codes, {"class_labels": torch.tensor([0, 1])}, 0)

@@ -1,12 +1,16 @@
 """A prior over codes as an entropy model: how many bits pictures take under it."""
 
 import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from ..compression import pack_codes
+from ..data.pictures import Crops
 from ..models.autoencoder_pq import PQModel
 from ..models.masked_transformer import PQMaskedTransformer
+from ..pipelines.pipeline_masked_pq import MaskedPQPipeline
 
 
 @torch.no_grad()
@@ -73,7 +77,12 @@ def bits_per_code(
     Returns:
         `dict[str, float]`: `masked`, the estimate of [`code_length`]; `adaptive`, what `diffusers-pq compress` writes
         for the pictures, header included; `uniform`, log2 K.
+
+    Raises:
+        ImportError: if the coder's library is not installed.
     """
+    from ..compression import pack_codes  # which needs the library of `diffusers_pq[compress]`
+
     size = tuple(side * vae.downsampling_factor for side in (codes.shape[-1], codes.shape[-2]))
     masked = code_length(transformer, codes, condition, num_steps, generator).sum()
     adaptive = sum(8 * len(pack_codes(vae, picture[None], size)) for picture in codes)
@@ -82,3 +91,47 @@ def bits_per_code(
         "adaptive": adaptive / codes.numel(),
         "uniform": math.log2(vae.config.codebook_size),
     }
+
+
+def bits_per_code_of_files(
+    pipeline: MaskedPQPipeline,
+    paths: Sequence[Path],
+    class_label: int | str | None = None,
+    prompt: str | None = None,
+    num_steps: int = 32,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """
+    [`bits_per_code`] of pictures in files, their middle at the size of the pipeline's training.
+
+    Args:
+        pipeline ([`MaskedPQPipeline`])
+        paths (sequence of `Path`)
+        class_label (`int` or `str`, *optional*): Of all pictures; default: no class.
+        prompt (`str`, *optional*): Of all pictures; default: no text.
+        num_steps (`int`): See [`code_length`].
+        seed (`int`): Of the order in which codes are revealed.
+        batch_size (`int`): Pictures at once.
+
+    Raises:
+        BadImageError: if a picture cannot be read.
+        ValueError: if the condition is not what the pipeline takes.
+    """
+    device = pipeline.transformer.device
+    resolution = pipeline.transformer.config.sample_size * pipeline.vae.downsampling_factor
+    crops = Crops("image", resolution, resize_mode="short_side", center_crop=True, min_image_side=1)
+    generator = torch.Generator().manual_seed(seed)
+    condition = pipeline.encode_condition(prompt, class_label)
+    totals = {}
+    for start in range(0, len(paths), batch_size):
+        chosen = paths[start : start + batch_size]
+        rows = ({"image": {"path": str(path), "bytes": None}} for path in chosen)
+        pictures = torch.cat([crops(row, random.Random(0)) for row in rows])
+        with torch.no_grad():
+            codes = pipeline.vae.encode_codes(pictures.to(device, pipeline.vae.dtype))
+        same = {name: value.expand(len(chosen), *value.shape[1:]) for name, value in condition.items()}
+        bits = bits_per_code(pipeline.vae, pipeline.transformer, codes, same, num_steps, generator)
+        for name, value in bits.items():
+            totals[name] = totals.get(name, 0.0) + value * len(chosen)
+    return {name: total / len(paths) for name, total in totals.items()}

@@ -13,6 +13,7 @@ from ..evaluation.systems import load_pretrained
 from ..files import read_json
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.class_conditioning import create_class_conditional_denoiser, num_classes, token_dimension
+from ..pipelines.class_labels import class_label
 from ..pipelines.pipeline_latent_diffusion_pq import LatentDiffusionPQPipeline
 from .denoiser import (
     ClassConditionalDenoiser,
@@ -33,7 +34,6 @@ from .options import (
     DenoiserRunOptions,
     LabelledDataOptions,
     NoiseOptions,
-    class_label,
 )
 from .run import TrainingRun, create_accelerator, load_split, prepare_model, whole_module
 from .uploads import BestModel

@@ -20,6 +20,7 @@ from ..files import folder_or_hub, read_json
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
 from ..models.masked_transformer import PQMaskedTransformer
+from ..pipelines.class_labels import class_label
 from ..pipelines.pipeline_masked_pq import MaskedPQPipeline
 from .denoiser import (
     DenoiserOptions,
@@ -31,7 +32,7 @@ from .denoiser import (
     saved_autoencoder,
     train_denoiser,
 )
-from .options import DenoiserOptimisationOptions, DenoiserRunOptions, LabelledDataOptions, class_label
+from .options import DenoiserOptimisationOptions, DenoiserRunOptions, LabelledDataOptions
 from .run import TrainingRun, create_accelerator, load_split, prepare_model, whole_module
 from .uploads import BestModel
 

@@ -19,11 +19,6 @@ def noise_shift(text: str | float) -> float | str:
         raise argparse.ArgumentTypeError(f'must be a number above 0 or "auto", but is {text!r}') from None
 
 
-def class_label(text: str) -> int | str:
-    """A class's number, or its name."""
-    return int(text) if text.isdecimal() else text
-
-
 @dataclass(kw_only=True)
 class DataOptions(Options):
     """What pictures to train on and how they are read; see [`PictureSource`] and [`build_train_loader`]."""
