@@ -126,8 +126,8 @@ train-ldm-mini: install data/stamps
 		--config training_scripts/recipes/ldm-mini.yaml --vae_name_or_path model_cards/pqgan-mini-f8-$(MINI) \
 		--output_dir runs/ldm-mini-$(MINI)
 
-# Generation from the codes in small: of stamps, by category.
-train-masked-mini: install data/stamps
+# Generation from the codes in small: emoji by their group.
+train-masked-mini: install data/emoji
 	$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/train_masked.py \
 		--config training_scripts/recipes/masked-mini.yaml
 
