@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn as nn
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .files import folder_or_hub, read_json
 from .models.autoencoder_pq import PQModel
@@ -123,6 +124,40 @@ def encode_latents(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     if "latent_dist" in encoded:
         return encoded.latent_dist.sample().float()
     return (encoded.latents if "latents" in encoded else encoded.latent).float()
+
+
+@torch.no_grad()
+def encode_reusably(vae: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    What [`encode_latents`] needs the encoder for, so that [`reused_latents`] makes latents of it as often as wanted.
+
+    Args:
+        vae, images: See [`encode_latents`].
+
+    Returns:
+        `dict[str, torch.Tensor]`: One entry of batch size B: `codes` of a `PQModel`, `moments` of an autoencoder whose
+        latents are distributions, `latents` of others.
+    """
+    images = images.to(vae.device, vae.dtype)
+    if isinstance(vae, PQModel):
+        return {"codes": vae.encode_codes(images).int()}  # half the memory
+    encoded = vae.encode(images)
+    if "latent_dist" in encoded:
+        return {"moments": encoded.latent_dist.parameters}
+    return {"latents": (encoded.latents if "latents" in encoded else encoded.latent).float()}
+
+
+@torch.no_grad()
+def reused_latents(vae: nn.Module, encoded: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """
+    What [`encode_latents`] would return, on a device, of what [`encode_reusably`] returned; `None` if there is nothing
+    of it in the mapping.
+    """
+    if "codes" in encoded:
+        return vae.quantizer.lookup(encoded["codes"].to(vae.device).long()).to(device)
+    if "moments" in encoded:
+        return DiagonalGaussianDistribution(encoded["moments"].to(device)).sample().float()
+    return encoded["latents"].to(device) if "latents" in encoded else None
 
 
 def scale_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:

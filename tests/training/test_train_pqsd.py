@@ -199,6 +199,53 @@ def test_trains_from_cached_codes_as_from_pictures(workspace):
     assert all(torch.equal(value, weights[name]) for name, value in unet_weights(workspace / "cached").items())
 
 
+def test_latents_kept_in_memory_train_as_their_pictures(workspace):
+    extra = ("--center_crop",)
+    for name, vae in (("pq", workspace / "pq"), ("kl", workspace / "kl")):
+        vae = ("--vae_name_or_path", vae)
+        adapt(workspace, f"{name}-each", *vae, *extra)
+        result = adapt(workspace, f"{name}-once", *vae, *extra, "--cache_latents")
+        assert result.stdout.count("9 pictures are encoded: 0.00 GiB") == 2, "once in each stage"
+        weights = unet_weights(workspace / f"{name}-each")
+        for key, value in unet_weights(workspace / f"{name}-once").items():
+            # Only the batches in which pictures are encoded differ; codes do not notice.
+            torch.testing.assert_close(value, weights[key], rtol=0, atol=0 if name == "pq" else 1e-3)
+
+
+def test_trains_on_pictures_of_many_proportions_and_resumes_exactly(workspace):
+    folder = workspace / "proportions" / "train"
+    folder.mkdir(parents=True)
+    lines = []
+    for number, size in enumerate([(48, 48), (64, 40), (40, 64), (70, 36), (50, 46), (44, 60), (36, 72)]):
+        PIL.Image.effect_noise(size, 60).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": "A red wall"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    extra = ("--vae_name_or_path", workspace / "pq", "--train_data_dir", folder.parent, "--validation_share", 0)
+    extra += ("--aspect_ratio_buckets", "32,32;24,40;40,24", "--cache_latents")
+    adapt(workspace, "buckets", *extra, "--checkpointing_steps", 1)
+    expected = unet_weights(workspace / "buckets")
+    for step in (1, 3):
+        checkpoint = ("--resume_from_checkpoint", workspace / "buckets" / f"checkpoint-{step}")
+        adapt(workspace, f"buckets-{step}", *extra, *checkpoint)
+        resumed = unet_weights(workspace / f"buckets-{step}")
+        assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"cache_latents": True, "streaming": True}, "--cache_latents keeps all .* leave out --streaming"),
+        ({"cache_latents": True, "latents_dir": "codes"}, "--cache_latents keeps all .* leave out --latents_dir"),
+        ({"aspect_ratio_buckets": "auto", "streaming": True}, "each picture: leave out --streaming"),
+        ({"aspect_ratio_buckets": "auto", "resize_mode": "stretch"}, "own way: leave out --resize_mode stretch"),
+        ({"aspect_ratio_buckets": "512x512"}, '--aspect_ratio_buckets: must be "auto" or "HEIGHT,WIDTH;...": Invalid'),
+    ],
+)
+def test_contradictions_of_caches_and_buckets_are_named(flags, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptationOptions.of({"pretrained_model_name_or_path": "sd", "train_data_dir": "data"} | flags)
+
+
 def test_codes_of_another_model_or_resolution_are_refused(workspace):
     cache = ("--train_data_dir", workspace / "data", "--output_dir", workspace / "other-codes", "--resolution", 32)
     run("encode_dataset.py", "--vae_name_or_path", workspace / "pq", *cache)

@@ -148,6 +148,9 @@ class CachedCodes:
             condition = condition | {"sizes": torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32)}
         return {"codes": codes, "condition": condition}
 
+    def groups(self, rows: datasets.Dataset) -> None:
+        """All are of one size; see [`~data.pictures.Crops.groups`]."""
+
 
 def load_cached_codes(
     latents_dir: str | os.PathLike,

@@ -4,7 +4,7 @@ import copy
 import logging
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 
 import datasets
@@ -64,14 +64,23 @@ class SeededDataset(Dataset):
         dataset (`datasets.Dataset`)
         transform: Makes an item from a row and a `random.Random`, such as [`Crops`].
         seed (`int`)
-        bad_images ([`BadImages`], *optional*): A skipped picture is replaced by the next one.
+        bad_images ([`BadImages`], *optional*): A skipped picture is replaced by the next one (of its group).
+        groups (`Sequence[int | None]`, *optional*): See [`GroupBatchSampler`].
     """
 
-    def __init__(self, dataset, transform: Callable, seed: int = 0, bad_images: BadImages | None = None):
+    def __init__(
+        self,
+        dataset,
+        transform: Callable,
+        seed: int = 0,
+        bad_images: BadImages | None = None,
+        groups: Sequence[int | None] | None = None,
+    ):
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
         self.bad_images = bad_images or BadImages()
+        self.groups = groups
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -79,6 +88,8 @@ class SeededDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]):
         epoch, first = item
         for index in (*range(first, len(self)), *range(first)):
+            if self.groups is not None and self.groups[index] != self.groups[first]:
+                continue
             try:
                 return self.transform(self.dataset[index], random.Random(f"{self.seed} {epoch} {index}"))
             except BadImageError as error:
@@ -115,6 +126,57 @@ class EpochSampler(Sampler):
                 orders = {epoch: list(range(self.length))}
                 random.Random(f"{self.seed} {epoch}").shuffle(orders[epoch])
             yield epoch, orders[epoch][place]
+
+
+class GroupBatchSampler(Sampler):
+    """
+    Endless batches of `(epoch, index)` of a dataset, each of one group: of pictures of one size, that is.
+
+    The order of the items is that of [`EpochSampler`]. Those of a group wait until they fill a batch, across epochs
+    too, so that none is dropped.
+
+    Args:
+        groups (`Sequence[int | None]`): Of each item; those of `None` are left out.
+        batch_size (`int`)
+        seed (`int`)
+        start (`int`): Items to leave out at the beginning, a multiple of `batch_size`.
+        process_index, num_processes (`int`): Of the batches, every `num_processes`-th is this process's.
+
+    Raises:
+        ValueError: if all items are left out.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[int | None],
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        if all(group is None for group in groups):
+            raise ValueError(f"{_NO_IMAGES}see the warnings above.")
+        self.groups = groups
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return islice(self._batches(), self.start // self.batch_size + self.process_index, None, self.num_processes)
+
+    def _batches(self):
+        waiting = {group: [] for group in self.groups}
+        for epoch, index in EpochSampler(len(self.groups), self.seed):
+            group = self.groups[index]
+            if group is None:
+                continue
+            waiting[group].append((epoch, index))
+            if len(waiting[group]) == self.batch_size:
+                yield waiting[group]
+                waiting[group] = []
 
 
 class SeededStream(IterableDataset):
@@ -296,6 +358,7 @@ def build_train_loader(
     num_workers: int = 0,
     on_bad_image: str = "skip",
     prefetch_factor: int | None = None,
+    groups: Sequence[int | None] | None = None,
 ) -> DataLoader:
     """
     This process's endless loader; it needs no `accelerator.prepare`.
@@ -314,12 +377,12 @@ def build_train_loader(
         num_workers (`int`)
         on_bad_image (`str`): See [`BadImages`].
         prefetch_factor (`int`, *optional*): Batches that each worker reads ahead. Default: torch's.
+        groups (`Sequence[int | None]`, *optional*): Of the rows of a dataset that is no stream; see
+            [`GroupBatchSampler`].
     """
     place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     bad_images = BadImages(on_bad_image, num_workers)
-    source, sampler = _seeded(dataset, transform, seed, shuffle_buffer, start, bad_images, **place)
     options = {
-        "batch_size": batch_size,
         "collate_fn": collate_fn,
         "num_workers": num_workers,
         "prefetch_factor": prefetch_factor,
@@ -327,28 +390,39 @@ def build_train_loader(
         # torch draws the workers' seeds from it; from the global generator, a resumed run would draw once more.
         "generator": torch.Generator(),
     }
+    if groups is not None:
+        batches = GroupBatchSampler(groups, batch_size, seed, start, **place)
+        return DataLoader(
+            SeededDataset(dataset, transform, seed, bad_images, groups), batch_sampler=batches, **options
+        )
+    source, sampler = _seeded(dataset, transform, seed, shuffle_buffer, start, bad_images, **place)
     if isinstance(source, SeededDataset):
-        return DataLoader(source, sampler=sampler, **options)
-    loader = StatefulDataLoader(source, **options)
+        return DataLoader(source, batch_size, sampler=sampler, **options)
+    loader = StatefulDataLoader(source, batch_size, **options)
     accelerator.register_for_checkpointing(StreamPosition(loader, accelerator))
     return loader
 
 
-def change_data(loader: DataLoader, dataset, transform: Callable, start: int):
+def change_data(
+    loader: DataLoader, dataset, transform: Callable, start: int, groups: Sequence[int | None] | None = None
+):
     """
     Let the next iterator of a loader go on with another transform: of a stream at the same place, of other datasets
     (which may be exchanged, too) at `start`.
 
     Args:
         loader: What [`build_train_loader`] returned.
-        dataset, transform, start: See there.
+        dataset, transform, start, groups: See there; there are groups if there were some before.
     """
     loader.dataset.transform = transform
     if isinstance(loader, StatefulDataLoader):
         loader.load_state_dict(loader.state_dict())
         return
-    loader.dataset.dataset = dataset
-    loader.sampler.length, loader.sampler.start = len(dataset), start
+    loader.dataset.dataset, loader.dataset.groups = dataset, groups
+    if groups is not None:
+        loader.batch_sampler.groups, loader.batch_sampler.start = groups, start
+    else:
+        loader.sampler.length, loader.sampler.start = len(dataset), start
 
 
 def first_batches(

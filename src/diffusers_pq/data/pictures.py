@@ -2,14 +2,17 @@
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import datasets
 import PIL.Image
 import torch
+from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
+from PIL import ExifTags
 from PIL.Image import Resampling, Transpose
 
 from ..files import folder_or_hub
@@ -174,8 +177,11 @@ class Crops:
     min_image_side: int | None = None
 
     def __call__(self, row: dict, generator: random.Random) -> torch.Tensor:
-        picture = self._resized(self._decoded(row))
-        return torch.stack([to_tensor(self._one_crop(picture, generator)[0]) for _ in range(self.crops_per_image)])
+        picture = self._decoded(row)
+        size = self._size(picture)
+        picture = self._resized(picture, size)
+        crops = [self._one_crop(picture, size, generator)[0] for _ in range(self.crops_per_image)]
+        return torch.stack([to_tensor(crop) for crop in crops])
 
     def with_sizes(self, row: dict, generator: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -183,32 +189,116 @@ class Crops:
         and left of the crop after resizing (and mirroring), and R twice.
         """
         original = self._decoded(row)
-        crop, top, left = self._one_crop(self._resized(original), generator)
-        sizes = original.height, original.width, top, left, self.resolution, self.resolution
+        size = self._size(original)
+        crop, top, left = self._one_crop(self._resized(original, size), size, generator)
+        sizes = original.height, original.width, top, left, *size
         return to_tensor(crop), torch.tensor(sizes, dtype=torch.float32)
+
+    def groups(self, rows: datasets.Dataset) -> list[int | None] | None:
+        """The number of the size that each row's crop will have, `None` for bad pictures; `None` if all have one."""
+        return None
 
     def _decoded(self, row):
         min_side = self.resolution if self.min_image_side is None else self.min_image_side
         return decode_image(row[self.image_column], min_side)
 
-    def _resized(self, picture):
+    def _size(self, picture) -> tuple[int, int]:
+        """Height and width of the crop."""
+        return self.resolution, self.resolution
+
+    def _resized(self, picture, size):
+        height, width = size
         resample = Resampling[self.image_interpolation_mode.upper()]
         if self.resize_mode == "stretch":
             # In one step, without a fast coarse one before it, as the paper's authors do.
-            return picture.resize((self.resolution, self.resolution), resample)
-        if self.resize_mode == "short_side" or min(picture.size) < self.resolution:
-            return _scaled_to(picture, self.resolution, resample)
+            return picture.resize((width, height), resample)
+        if self.resize_mode == "short_side" or picture.height < height or picture.width < width:
+            return _scaled_to(picture, size, resample)
         return picture
 
-    def _one_crop(self, picture, generator):
-        side = self.resolution
-        spare = [length - side for length in picture.size]
+    def _one_crop(self, picture, size, generator):
+        height, width = size
+        spare = picture.width - width, picture.height - height
         left, top = (length // 2 if self.center_crop else generator.randint(0, length) for length in spare)
-        crop = picture.crop((left, top, left + side, top + side))
+        crop = picture.crop((left, top, left + width, top + height))
         if self.random_flip and generator.random() < 0.5:
             crop = crop.transpose(Transpose.FLIP_LEFT_RIGHT)
-            left = picture.width - left - side
+            left = picture.width - left - width
         return crop, top, left
+
+
+@dataclass(kw_only=True)
+class BucketCrops(Crops):
+    """
+    [`Crops`] that keep nearly all of a picture: `[.., 3, h, w]` of the one of several sizes whose proportions are next
+    to the picture's, to which it is resized.
+
+    Args:
+        buckets (`Sequence[tuple[int, int]]`): Heights and widths, see [`aspect_ratio_buckets`].
+        min_image_side (`int`, *optional*): Default: pictures that would have to be enlarged are bad.
+    """
+
+    buckets: Sequence[tuple[int, int]]
+
+    def __post_init__(self):
+        self.resize_mode = "short_side"
+
+    def groups(self, rows: datasets.Dataset) -> list[int | None]:
+        """See [`Crops.groups`]; reads the header of each picture."""
+        return [self._group(row[self.image_column]) for row in rows.select_columns(self.image_column)]
+
+    def _group(self, value: dict) -> int | None:
+        try:
+            width, height = picture_size(value)
+        except BadImageError as error:
+            logger.warning("Left out: %s", error)
+            return None
+        return find_nearest_bucket(height, width, self.buckets)
+
+    def _decoded(self, row):
+        picture = decode_image(row[self.image_column], self.min_image_side or 1)
+        height, width = self._size(picture)
+        if self.min_image_side is None and (picture.height < height or picture.width < width):
+            name = row[self.image_column].get("path") or "a picture"
+            raise BadImageError(f"{name} is too small: {picture.width} x {picture.height}, needs {width} x {height}")
+        return picture
+
+    def _size(self, picture):
+        return self.buckets[find_nearest_bucket(picture.height, picture.width, self.buckets)]
+
+
+def aspect_ratio_buckets(
+    resolution: int, multiple: int, given: Sequence[tuple[int, int]] | None = None
+) -> list[tuple[int, int]]:
+    """
+    Heights and widths of about R x R pixels.
+
+    Args:
+        resolution (`int`): R.
+        multiple (`int`): Of which all sides are multiples: of F times the denoiser's patch size.
+        given (`Sequence[tuple[int, int]]`, *optional*): Heights and widths whose proportions they shall have. Default:
+            those that diffusers proposes, from 1:2 to 2:1.
+    """
+    return generate_aspect_ratio_buckets(resolution, multiple, given)
+
+
+def picture_size(value: dict) -> tuple[int, int]:
+    """
+    Width and height of one value of an undecoded image column when it is upright, from its header.
+
+    Raises:
+        BadImageError: if the picture is missing or its header cannot be read.
+    """
+    name = (value or {}).get("path") or "a picture"
+    try:
+        with PIL.Image.open(BytesIO(value["bytes"]) if value["bytes"] else value["path"]) as picture:
+            width, height = picture.size
+            # Of a PNG file, Pillow would look for it behind the pixels as well, and decode them.
+            exif = {} if picture.format == "PNG" and "exif" not in picture.info else picture.getexif()
+            is_turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception as error:  # see `decode_image`
+        raise BadImageError(f"{name} cannot be read: {error}") from error
+    return (height, width) if is_turned else (width, height)
 
 
 @dataclass
@@ -235,8 +325,14 @@ class ConditionedCrops:
             condition = condition | {"sizes": sizes}
         return {"pixel_values": pixel_values, "condition": condition}
 
+    def groups(self, rows: datasets.Dataset) -> list[int | None] | None:
+        """See [`Crops.groups`]."""
+        return self.crops.groups(rows)
 
-def _scaled_to(picture: PIL.Image.Image, side: int, resample: Resampling) -> PIL.Image.Image:
-    """The picture with `side` as its shorter side."""
-    scale = side / min(picture.size)
-    return picture.resize([max(side, round(length * scale)) for length in picture.size], resample, reducing_gap=3.0)
+
+def _scaled_to(picture: PIL.Image.Image, size: tuple[int, int], resample: Resampling) -> PIL.Image.Image:
+    """The picture as small as it covers a height and a width."""
+    height, width = size
+    scale = max(height / picture.height, width / picture.width)
+    sides = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    return picture.resize(sides, resample, reducing_gap=3.0)

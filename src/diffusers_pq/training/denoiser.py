@@ -28,11 +28,18 @@ from peft.utils import get_peft_model_state_dict
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from ..autoencoders import channel_weights, encode_latents, scale_latents, set_latent_statistics
+from ..autoencoders import (
+    channel_weights,
+    encode_latents,
+    reused_latents,
+    scale_latents,
+    set_latent_statistics,
+)
 from ..data.conditions import ClassLabels, Prompts
 from ..data.latent_cache import load_cached_codes
 from ..data.loaders import build_train_loader, change_data, first_batches
-from ..data.pictures import ConditionedCrops, Crops, usable_rows
+from ..data.memory_cache import encode_in_memory
+from ..data.pictures import BucketCrops, ConditionedCrops, Crops, usable_rows
 from ..models.class_conditioning import predict
 from ..models.widening import outer_layers
 from .families import EncodedCaptions, Family
@@ -387,9 +394,10 @@ def fetched(vae: nn.Module, device: torch.device) -> Iterator[nn.Module]:
 
 
 def latents_of(vae: nn.Module, batch: dict, device: torch.device) -> torch.Tensor:
-    """Unscaled latents of a batch of pictures or of cached codes, on a device."""
-    if "codes" in batch:
-        return vae.quantizer.lookup(batch["codes"].to(vae.device)).to(device)
+    """Unscaled latents of a batch of pictures or of what was encoded of them, on a device."""
+    latents = reused_latents(vae, batch, device)
+    if latents is not None:
+        return latents
     with fetched(vae, device):
         return encode_latents(vae, batch["pixel_values"])
 
@@ -513,6 +521,7 @@ class DenoiserTask:
         with_sizes (`bool`): Whether conditions hold sizes, see [`ConditionedCrops`].
         parts (`dict[str, nn.Module]`): That a dry run counts, by name.
         offloaded (`tuple[nn.Module, ...]`): What waits on the CPU and is fetched to paint.
+        buckets: Makes the sizes of the pictures of a resolution, see [`aspect_ratio_buckets`]; `None` for squares.
     """
 
     denoiser: nn.Module
@@ -528,6 +537,7 @@ class DenoiserTask:
     with_sizes: bool = False
     parts: dict[str, nn.Module] = field(default_factory=dict)
     offloaded: tuple[nn.Module, ...] = ()
+    buckets: Callable[[int], list[tuple[int, int]] | None] = lambda resolution: None
 
 
 def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: TrainingRun, task: DenoiserTask):
@@ -554,7 +564,7 @@ def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: Trai
     # A dry run measures the last stage, which takes the most time and memory.
     stage = task.stages[-1] if options.run.dry_run else find_stage(task.stages, run.step)
     task.start_stage(denoiser, stage)
-    loader = _build_loader(options, accelerator, load_training_data(data, task, stage.resolution), run.step)
+    loader = _build_loader(options, accelerator, _load_stage(options, accelerator, task, stage), run.step)
     if options.run.dry_run:
         batches = iter(loader)
         dry_run(options, accelerator, task.parts, [trainer.optimizer], lambda: _take_step(trainer, batches))
@@ -571,8 +581,9 @@ def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: Trai
         if find_stage(task.stages, run.step) is not stage:
             stage = find_stage(task.stages, run.step)
             task.start_stage(denoiser, stage)
-            pictures = load_training_data(data, task, stage.resolution)
-            change_data(loader, *pictures, _samples_seen(options.optim, accelerator, run.step))
+            pictures = _load_stage(options, accelerator, task, stage)
+            seen = _samples_seen(options.optim, accelerator, run.step)
+            change_data(loader, *pictures, seen, pictures[1].groups(pictures[0]))
             batches = iter(loader)
         logs = _take_step(trainer, batches)
         run.advance()
@@ -598,23 +609,44 @@ def saved_autoencoder(run: TrainingRun) -> Path:
     return beside if beside.is_dir() else Path(run.options.run.output_dir, "vae")
 
 
-def load_training_data(data: ConditionedDataOptions, task: DenoiserTask, resolution: int) -> tuple:
-    """The rows to train on at a resolution, and the transform that makes examples of them."""
+def load_training_data(
+    data: ConditionedDataOptions,
+    task: DenoiserTask,
+    resolution: int,
+    buckets: Sequence[tuple[int, int]] | None = None,
+) -> tuple:
+    """
+    The rows to train on at a resolution, square or of the proportions of buckets, and the transform that makes
+    examples of them.
+    """
     if data.latents_dir:
         source = data.latents_dir, resolution, task.vae, task.condition, data.cache_dir
         codes, transform = load_cached_codes(*source, with_sizes=task.with_sizes)
         return first_samples(codes, data.max_train_samples), transform
     images = load_train_split(data, task.condition_column)
-    crops = Crops(
-        data.image_column,
-        resolution,
-        resize_mode=data.resize_mode,
-        image_interpolation_mode=data.image_interpolation_mode,
-        center_crop=data.center_crop,
-        random_flip=data.random_flip,
-        min_image_side=data.min_image_side,
-    )
+    options = {
+        "image_interpolation_mode": data.image_interpolation_mode,
+        "center_crop": data.center_crop,
+        "random_flip": data.random_flip,
+        "min_image_side": data.min_image_side,
+    }
+    if buckets:
+        crops = BucketCrops(data.image_column, resolution, buckets=buckets, **options)
+    else:
+        crops = Crops(data.image_column, resolution, resize_mode=data.resize_mode, **options)
     return images, ConditionedCrops(crops, task.condition, task.with_sizes)
+
+
+def _load_stage(options, accelerator, task, stage) -> tuple:
+    """[`load_training_data`] of a stage, in buckets and encoded where options ask for it; encoding is no dry run's."""
+    data, optim = options.data, options.optim
+    rows, transform = load_training_data(data, task, stage.resolution, task.buckets(stage.resolution))
+    if not data.cache_latents or options.run.dry_run:
+        return rows, transform
+    with fetched(task.vae, accelerator.device):
+        return encode_in_memory(
+            task.vae, rows, transform, task.condition_column, accelerator, optim.train_batch_size, data.on_bad_image
+        )
 
 
 def check_resolution(name: str, resolution: int, factor: int, patch_size: int = 1):
@@ -709,6 +741,7 @@ def _build_loader(options, accelerator, pictures, step) -> DataLoader:
         num_workers=data.dataloader_num_workers,
         prefetch_factor=data.dataloader_prefetch,
         on_bad_image=data.on_bad_image,
+        groups=pictures[1].groups(pictures[0]),
     )
 
 

@@ -114,7 +114,7 @@ class MaskedObjective:
     def inputs(self, batch: dict[str, torch.Tensor], device: torch.device) -> torch.LongTensor:
         """The codes `[B, S, h, w]` of a batch with `codes` or `pixel_values`."""
         if "codes" in batch:
-            return batch["codes"].to(device)
+            return batch["codes"].to(device).long()
         with fetched(self.vae, device):
             return self.vae.encode_codes(batch["pixel_values"].to(device, self.vae.dtype))
 

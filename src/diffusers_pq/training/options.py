@@ -207,6 +207,11 @@ class ConditionedDataOptions(DataOptions):
     latents_dir: str | None = flag(
         None, "what `encode_dataset.py` wrote; pictures are then read for validation only", differs="between machines"
     )
+    cache_latents: bool = flag(
+        False,
+        "encode one crop of each picture, mirrored or not, before the training, and keep that in the CPU's memory",
+        fixed=True,
+    )
     resize_mode: str = flag(
         "short_side",
         "take a square from pictures resized to a short side of the resolution (short_side), from pictures as they "
@@ -214,6 +219,12 @@ class ConditionedDataOptions(DataOptions):
         choices=RESIZE_MODES,
     )
     center_crop: bool = flag(False, "take the middle of each picture instead of a random part")
+
+    def check(self):
+        super().check()
+        if self.cache_latents and (self.streaming or self.latents_dir):
+            other = "--streaming" if self.streaming else "--latents_dir"
+            raise ValueError(f"--cache_latents keeps all pictures' latents in memory: leave out {other}")
 
 
 @dataclass(kw_only=True)

@@ -13,13 +13,14 @@ import torch
 import torch.nn as nn
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, send_to_device
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import offload_models
+from diffusers.training_utils import offload_models, parse_buckets_string
 from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..autoencoders import downsampling_factor, load_autoencoder
 from ..data.conditions import Prompts, caption_texts
 from ..data.latent_cache import load_cached_codes
+from ..data.pictures import aspect_ratio_buckets
 from ..files import folder_or_hub
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
@@ -160,6 +161,11 @@ class CaptionedDataOptions(DenoiserDataOptions):
     proportion_empty_prompts: float = flag(
         0.1, "captions left out, for classifier-free guidance", minimum=0, maximum=1
     )
+    aspect_ratio_buckets: str | None = flag(
+        None,
+        'train on pictures of many proportions, cut little: "auto", from 1:2 to 2:1, or those of "HEIGHT,WIDTH;..."; '
+        "each batch is of one, with about as many pixels as the stage's square",
+    )
     cache_text_states: bool = flag(
         False,
         "encode each caption once, before the training, and keep the states in the CPU's memory",
@@ -170,6 +176,31 @@ class CaptionedDataOptions(DenoiserDataOptions):
         super().check()
         if self.cache_text_states and self.streaming:
             raise ValueError("--cache_text_states needs to know all captions: leave out --streaming")
+        if self.aspect_ratio_buckets and (self.streaming or self.latents_dir):
+            other = "--streaming" if self.streaming else "--latents_dir"
+            raise ValueError(f"--aspect_ratio_buckets needs to know the size of each picture: leave out {other}")
+        if self.aspect_ratio_buckets and self.resize_mode != "short_side":
+            raise ValueError(
+                f"--aspect_ratio_buckets resizes in its own way: leave out --resize_mode {self.resize_mode}"
+            )
+        self.buckets(64, 1)  # wrong ones show now
+
+    def buckets(self, resolution: int, multiple: int) -> list[tuple[int, int]] | None:
+        """
+        Of `--aspect_ratio_buckets`, see [`aspect_ratio_buckets`].
+
+        Raises:
+            ValueError: if they cannot be read; the message shows what is expected.
+        """
+        if self.aspect_ratio_buckets is None:
+            return None
+        given = None
+        if self.aspect_ratio_buckets != "auto":
+            try:
+                given = parse_buckets_string(self.aspect_ratio_buckets)
+            except ValueError as error:
+                raise ValueError(f'--aspect_ratio_buckets: must be "auto" or "HEIGHT,WIDTH;...": {error}') from None
+        return aspect_ratio_buckets(resolution, multiple, given)
 
 
 @dataclass(kw_only=True)
@@ -291,7 +322,7 @@ def _build_pipeline(options, run):
         vae = load_autoencoder(model.vae_name_or_path) if model.vae_name_or_path else pipeline.vae
     parts, parameters = pipeline.components, pipeline.parameters | kind.settings
     denoiser = parts[kind.denoiser_name]
-    side = _check_stages(options.optim.stages, vae, denoiser)
+    side = _check_stages(options, vae, denoiser)
     parts["scheduler"] = _build_scheduler(options.noise, pipeline.scheduler, denoiser, vae, side)
     parts[kind.denoiser_name] = _build_denoiser(options, kind, denoiser, vae.config.latent_channels)
     # With the version, or diffusers would set the size of a UNet that comes from an old one to Stable Diffusion's.
@@ -315,18 +346,26 @@ def _check_noise(noise, kind):
             raise ValueError(f"--{name} is of diffusion, but the pipeline is of flow matching: leave it out.")
 
 
-def _check_stages(stages, vae, denoiser) -> int:
+def _check_stages(options, vae, denoiser) -> int:
     """The side of the last stage's latents; a `ValueError` if pictures of a stage do not fit the models."""
     factor, patch_size = downsampling_factor(vae), denoiser.config.get("patch_size") or 1
-    largest = denoiser.config.get("pos_embed_max_size")
+    largest, stages = denoiser.config.get("pos_embed_max_size"), options.optim.stages
     for stage in stages:
         check_resolution("--stages", stage.resolution, factor, patch_size)
-        if largest is not None and stage.resolution > largest * factor * patch_size:
+        buckets = options.data.buckets(stage.resolution, _bucket_multiple(vae, denoiser)) or ()
+        side = max([stage.resolution, *chain(*buckets)])
+        if largest is not None and side > largest * factor * patch_size:
             raise ValueError(
-                f"--stages: {stage.resolution} px are {stage.resolution // (factor * patch_size)} patches a side, but "
-                f"the transformer has positions for {largest}: at most {largest * factor * patch_size} px."
+                f"--stages: {side} px are {side // (factor * patch_size)} patches a side, but the transformer has "
+                f"positions for {largest}: at most {largest * factor * patch_size} px."
             )
     return stages[-1].resolution // factor
+
+
+def _bucket_multiple(vae, denoiser) -> int:
+    """Of which the sides of buckets are multiples, in pixels: a UNet's latents are halved from level to level."""
+    levels = denoiser.config.get("block_out_channels") or [None]
+    return downsampling_factor(vae) * (denoiser.config.get("patch_size") or 1) * 2 ** (len(levels) - 1)
 
 
 def _build_scheduler(noise, scheduler, denoiser, vae, side):
@@ -393,6 +432,7 @@ def _build_task(options, accelerator, family, pipeline):
         with_sizes=family.takes_sizes,
         parts={family.denoiser_name: denoiser, **text_encoders, "vae": pipeline.vae},
         offloaded=(frozen if waits else ()) + ((pipeline.vae,) if optim.offload else ()),
+        buckets=partial(data.buckets, multiple=_bucket_multiple(pipeline.vae, denoiser)),
     )
 
 
