@@ -6,8 +6,9 @@ trained alike, on the same pictures, for as many steps, on the latents or codes 
 
 Of each system and seed: Fréchet distances in the features of an EfficientNet-Lite0 (they compare with no FID) of its
 samples to pictures of the training and to held-out ones, seconds of the processor a picture, bits per code of held-out
-pictures, and for the first seed a sheet of samples. `--steps` are the sampling steps T of the masked transformers, the
-first one that of the comparison; `--orders` and `--systems masked-pq-random` are ablations on PQ codes.
+pictures, and for the first seed a sheet of samples with guidance, a column for each class. `--steps` are the sampling
+steps T of masked transformers, the first one that of the comparison; `--orders` and `--systems masked-pq-random` are
+ablations on PQ codes.
 
 Trainings and samples stay in `--runs_dir`, and what is measured is written at once: a run that was stopped goes on.
 Writes masked_generation.json and masked_generation_samples.png.
@@ -17,14 +18,15 @@ import copy
 import datetime
 import itertools
 import random
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from diffusers.utils import make_image_grid
 from spread import markdown_table, mean_and_spread
 
 from diffusers_pq import LatentDiffusionPQPipeline, MaskedPQPipeline
@@ -34,9 +36,9 @@ from diffusers_pq.data.conditions import ClassLabels, class_names
 from diffusers_pq.data.pictures import ConditionedCrops, Crops, PictureSource
 from diffusers_pq.evaluation.code_length import bits_per_code
 from diffusers_pq.evaluation.generation import Sampling, draw_samples
-from diffusers_pq.files import read_json, write_json
-from diffusers_pq.flags import COUNT, SEED, FlagParser
-from diffusers_pq.images import load_image, save_image, to_tensor, to_uint8
+from diffusers_pq.files import read_json, replacing, write_json
+from diffusers_pq.flags import COUNT, SCALE, SEED, FlagParser
+from diffusers_pq.images import load_image, to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import load_fd_efficientnet_lite0
 from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions, train_latent_diffusion
@@ -50,7 +52,7 @@ DIFFUSION = {"learning_rate": 5e-4, "prediction_type": "v_prediction", "channel_
 DIFFUSION_STEPS = 50
 MOST_UNLIKE = 0.1  # in parameters
 GROUPS = 4  # of subspaces, coarse to fine
-SHEET = 8  # pictures in a row
+SHEET = 8  # classes that are shown
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ def parse_args(argv=None):
     )
     parser.add_argument("--num_samples", type=COUNT, default=295, help="samples of each measurement")
     parser.add_argument("--num_references", type=COUNT, default=295, help="at most so many pictures to compare with")
+    parser.add_argument(
+        "--sheet_guidance_scale", type=SCALE, default=3.0, help="guidance of the samples that are shown"
+    )
     parser.add_argument("--batch_size", type=COUNT, default=32, help="pictures measured at once")
     parser.add_argument("--cache_dir", help="where datasets are kept; default: the Hub's cache")
     parser.add_argument(
@@ -211,6 +216,8 @@ class Measurements:
 
     def samples(self, pipeline, folder: Path, steps: int, **options) -> dict:
         """Distances and seconds a picture of samples, which stay in a folder."""
+        if folder.is_dir():  # of a run that was stopped: all samples are to be timed
+            shutil.rmtree(folder)
         labels = self.labels["train"].tolist()
         sampling = Sampling(self.args.num_samples, 1.0, steps, seed=0, batch_size=self.args.batch_size)
         start = time.process_time()
@@ -232,6 +239,14 @@ def measure(name: str, seed: int, settings: list[tuple[str, int]], args, measure
         write_json(path, record)
     if system.is_masked and "bits_per_code" not in record:
         record["bits_per_code"] = held_out_bits(pipeline, measurements)
+        write_json(path, record)
+    if seed == args.seeds[0]:
+        order, steps = settings[0]
+        options = {"order": order} if system.is_masked else {}
+        labels = list(pipeline.config.id2label.values())[:SHEET]
+        sampling = Sampling(len(labels), args.sheet_guidance_scale, steps, seed=0, batch_size=len(labels))
+        draw_samples(Accelerator(cpu=True), pipeline, labels, folder / "sheet", sampling, **options)
+        record["sheet"] = labels
         write_json(path, record)
     for order, steps in settings:
         key = f"{order}-{steps}"
@@ -297,23 +312,31 @@ def collect(args) -> dict:
     return {"titles": {name: SYSTEMS[name].title for name in SYSTEMS}, "runs": records}
 
 
-def draw_sheet(args, path: Path):
-    """A row of samples of the first seed for each system."""
-    rows = []
-    for name in SYSTEMS:
-        folder = args.runs_dir / f"seed{args.seeds[0]}" / name
-        order, steps = compared_setting(name, args)
-        pictures = sorted(folder.glob(f"samples-{order}-{steps}/*.png"))[:SHEET]
-        rows += [load_image(picture) for picture in pictures]
-    if rows:
-        save_image(make_image_grid(rows, rows=len(rows) // SHEET, cols=SHEET), path)
+def draw_sheet(args, record: dict, path: Path):
+    """A row of samples of the first seed for each system, a column for each class."""
+    shown = [run for run in record["runs"] if "sheet" in run]
+    columns = shown[0]["sheet"]
+    size = (1.1 * len(columns), 1.25 * len(shown))
+    figure, axes = plt.subplots(len(shown), len(columns), figsize=size, squeeze=False)
+    for run, row in zip(shown, axes):
+        folder = args.runs_dir / f"seed{run['seed']}" / run["system"] / "sheet"
+        for axis, picture in zip(row, sorted(folder.glob("*.png"))):
+            axis.imshow(load_image(picture))
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(run["system"], fontsize=7)
+    for axis, name in zip(axes[0], columns):
+        axis.set_title(name, fontsize=6)
+    figure.tight_layout(pad=0.3)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
+    plt.close(figure)
 
 
 def publish(args):
     """Write the results so far."""
     record = collect(args)
     write_json(args.output_dir / "masked_generation.json", record)
-    draw_sheet(args, args.output_dir / "masked_generation_samples.png")
+    draw_sheet(args, record, args.output_dir / "masked_generation_samples.png")
     print(results_table(record), flush=True)
 
 
