@@ -64,6 +64,11 @@ class MaskedPQPipeline(ClassLabelsMixin, ImportedByCodeMixin, DiffusionPipeline)
         )
 
     @property
+    def denoiser(self) -> PQMaskedTransformer:
+        """The transformer, under the name that [`LatentDiffusionPQPipeline`] has for its model."""
+        return self.transformer
+
+    @property
     def num_classes(self) -> int:
         return self.transformer.config.num_classes or 0
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Measure the samples of a class-conditional pipeline of `train_ldm.py` as the paper does (Table 5): gFID and CMMD of
-5000 samples against a dataset.
+"""Measure the samples of a class-conditional pipeline of `train_ldm.py` or `train_masked.py` as the paper does (Table
+5): gFID and CMMD of 5000 samples against a dataset.
 
     accelerate launch training_scripts/evaluate_generation.py --pretrained_model_name_or_path runs/ldm-f8 \\
         --dataset_name ILSVRC/imagenet-1k --streaming --output_dir runs/generation

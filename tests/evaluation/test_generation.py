@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
 from test_pipeline_latent_diffusion_pq import make
+from test_pipeline_masked_pq import make as masked
 from torchmetrics import MetricCollection
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -158,6 +159,23 @@ def test_an_evaluation_names_what_it_lacks_and_keeps_its_result(workspace, monke
     )
     with pytest.raises(ValueError, match="guidance_scale 1.0 there, 2.0 now"):
         run_generation_evaluation(*arguments, Sampling(**vars(SAMPLING) | {"guidance_scale": 2.0}))
+
+
+def test_masked_pipelines_of_classes_are_evaluated_and_others_refused(workspace, monkeypatch, tmp_path):
+    monkeypatch.setattr(generation, "load_metrics", lambda names: (small_metrics(), {}))
+    masked().save_pretrained(tmp_path / "masked")
+    arguments = data_of(workspace), tmp_path / "runs", SAMPLING
+    result = run_generation_evaluation(Accelerator(cpu=True), str(tmp_path / "masked"), *arguments)
+    assert result["scores"]["gfid"] > 0 and len(list((tmp_path / "runs" / "masked" / "samples").iterdir())) == 7
+    masked(text=True).save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="text makes pictures of texts; samples are drawn of classes"):
+        run_generation_evaluation(Accelerator(cpu=True), str(tmp_path / "text"), *arguments)
+    index = json.loads((tmp_path / "masked" / "model_index.json").read_text())
+    (tmp_path / "masked" / "model_index.json").write_text(json.dumps(index | {"_class_name": "DDIMPipeline"}))
+    with pytest.raises(
+        ValueError, match="holds a 'DDIMPipeline'; samples are drawn of LatentDiffusionPQPipeline, Mas"
+    ):
+        run_generation_evaluation(Accelerator(cpu=True), str(tmp_path / "masked"), *arguments)
 
 
 def refuse(*args, **kwargs):

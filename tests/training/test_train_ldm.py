@@ -8,14 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 import yaml
 from conftest import tiny_config
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from diffusers import AutoencoderKL, VQModel
+from labelled_pictures import write_labelled_pictures
 from safetensors.torch import load_file
 from scripts import run_script
 
@@ -56,23 +55,13 @@ DIT = {
     "num_layers": 2,
     "patch_size": 2,
 }
-COLOURS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """Pictures of three classes, three autoencoders, and the configs of two denoisers."""
     folder = tmp_path_factory.mktemp("ldm")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 9), ("validation", 3)):
-        (folder / "data" / split).mkdir(parents=True)
-        lines = []
-        for number in range(count):
-            name, colour = list(COLOURS.items())[number % 3]
-            pixels = (np.array(colour) + generator.integers(0, 40, (40, 56, 3))).astype(np.uint8)
-            PIL.Image.fromarray(pixels).save(folder / "data" / split / f"{number}.png")
-            lines.append(json.dumps({"file_name": f"{number}.png", "category": name, "number": number % 3}))
-        (folder / "data" / split / "metadata.jsonl").write_text("\n".join(lines))
+    write_labelled_pictures(folder / "data")
     (folder / "names.txt").write_text("blue\ngreen\nred\n")
     torch.manual_seed(0)
     PQModel(**tiny_config()).save_pretrained(folder / "pq")
@@ -181,7 +170,7 @@ def test_the_benchmark_compares_runs_that_were_trained_alike(workspace):
     "extra, message",
     [
         (("--resolution", 30), "--resolution: 30 must be a multiple of the downsampling factor F = 4"),
-        (("--label_column", "class"), "no column 'class'; the dataset has image, category, number"),
+        (("--label_column", "class"), "no column 'class'; the dataset has image, category, number, text"),
         (
             ("--snr_gamma", 5, "--prediction_type", "v_prediction", "--rescale_betas_zero_snr"),
             "--snr_gamma leaves the last timestep",

@@ -8,13 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 import yaml
 from conftest import tiny_config
 from hub_stand_in import Hub
+from labelled_pictures import write_labelled_pictures
 from safetensors.torch import load_file
 from scripts import run_script
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -29,23 +28,13 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "training_scripts"
 TRANSFORMER = {"_class_name": "PQMaskedTransformer", "code_embed_dim": 8, "num_layers": 1}
 TRANSFORMER |= {"num_attention_heads": 2, "attention_head_dim": 8}
-COLOURS = {"blue": (30, 30, 200), "green": (30, 200, 30), "red": (200, 30, 30)}
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """Pictures of three classes with captions, an autoencoder, a text encoder, and a transformer's config."""
     folder = tmp_path_factory.mktemp("masked")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 9), ("validation", 3)):
-        (folder / "data" / split).mkdir(parents=True)
-        lines = []
-        for number in range(count):
-            name, colour = list(COLOURS.items())[number % 3]
-            pixels = (np.array(colour) + generator.integers(0, 40, (40, 56, 3))).astype(np.uint8)
-            PIL.Image.fromarray(pixels).save(folder / "data" / split / f"{number}.png")
-            lines.append(json.dumps({"file_name": f"{number}.png", "category": name, "text": f"a {name} wall"}))
-        (folder / "data" / split / "metadata.jsonl").write_text("\n".join(lines))
+    write_labelled_pictures(folder / "data")
     (folder / "names.txt").write_text("blue\ngreen\nred\n")
     torch.manual_seed(0)
     PQModel(**tiny_config()).save_pretrained(folder / "pq")
@@ -155,7 +144,7 @@ def test_codes_of_another_model_are_refused_by_their_sizes(workspace):
     "extra, message",
     [
         (("--resolution", 30), "--resolution: 30 must be a multiple of the downsampling factor F = 4"),
-        (("--label_column", "class"), "no column 'class'; the dataset has image, category, text"),
+        (("--label_column", "class"), "no column 'class'; the dataset has image, category, number, text"),
         (("--validation_labels", "yellow"), "unknown class 'yellow'; known names are blue, green, red"),
         (("--validation_labels", 3), "`class_labels` must be in 0 ... 2, but one is 3"),
         (("--class_names_file", "FOLDER/two.txt"), "class 'red' in the column 'category', which is none of the 2"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from torchmetrics import MetricCollection
 from tqdm.auto import tqdm
 
@@ -30,6 +31,7 @@ from .reconstruction import RESULTS_FILE, EvaluationData, EvaluationProgress, ch
 
 # What a distance of generated pictures is called -> its name among the metrics of reconstructions.
 GENERATION_METRICS = {"gfid": "rfid", "cmmd": "cmmd"}
+PIPELINES = (LatentDiffusionPQPipeline, MaskedPQPipeline)
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def run_generation_evaluation(
 
     Args:
         accelerator (`Accelerator`)
-        pretrained_model_name_or_path (`str`): A [`LatentDiffusionPQPipeline`], in a folder or on the Hub.
+        pretrained_model_name_or_path (`str`):
+            A [`LatentDiffusionPQPipeline`] or a [`MaskedPQPipeline`] of classes, in a folder or on the Hub.
         data ([`EvaluationData`]): The pictures to compare with.
         output_dir (`str` or `os.PathLike`)
         sampling ([`Sampling`])
@@ -204,8 +207,7 @@ def run_generation_evaluation(
     name = name or Path(pretrained_model_name_or_path).name
     folder = Path(output_dir, name.replace("/", "--"))
     with accelerator.local_main_process_first():  # what must be downloaded, is so once
-        with folder_or_hub(pretrained_model_name_or_path):
-            pipeline = LatentDiffusionPQPipeline.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        pipeline = _load_pipeline(pretrained_model_name_or_path, **hub_kwargs)
     resolution = pipeline.denoiser.config.sample_size * downsampling_factor(pipeline.vae)
     if data.resolution is None:
         data = replace(data, resolution=resolution)
@@ -259,6 +261,19 @@ def run_generation_evaluation(
         write_json(folder / RESULTS_FILE, result)
     accelerator.wait_for_everyone()
     return result
+
+
+def _load_pipeline(path_or_repo: str, **hub_kwargs) -> LatentDiffusionPQPipeline | MaskedPQPipeline:
+    with folder_or_hub(path_or_repo):
+        name = DiffusionPipeline.load_config(path_or_repo, revision=hub_kwargs.get("revision")).get("_class_name")
+        name = name[-1] if isinstance(name, list) else name  # of a pipeline that brings its code along
+        known = {kind.__name__: kind for kind in PIPELINES}
+        if name not in known:
+            raise ValueError(f"{path_or_repo} holds a {name!r}; samples are drawn of {', '.join(known)}.")
+        pipeline = known[name].from_pretrained(path_or_repo, **hub_kwargs)
+    if not pipeline.num_classes:
+        raise ValueError(f"{path_or_repo} makes pictures of texts; samples are drawn of classes.")
+    return pipeline
 
 
 def _dataset_labels(data: EvaluationData, column: str, streaming: bool, cache_dir: str | None) -> list[int | str]:
