@@ -197,8 +197,12 @@ def test_embeddings_start_from_the_codebooks_unless_told_otherwise(workspace):
         assert torch.equal(table, expected.code_embeddings) == (init == "codebooks")
 
 
-def test_a_dry_run_counts_the_parts_and_writes_nothing(workspace):
-    result = train(workspace, "dry", "--dry_run", "--num_train_epochs", "4")
+def test_a_dry_run_of_a_recipe_counts_the_parts_and_writes_nothing(workspace):
+    given = ["--config", SCRIPTS / "recipes" / "masked-f16.yaml", "--vae_name_or_path", workspace / "pq"]
+    given += ["--model_config_name_or_path", workspace / "transformer.json", "--dataset_name", workspace / "data"]
+    given += ["--label_column", "category", "--cache_dir", workspace / "cache", "--resolution", 32, "--no-streaming"]
+    given += ["--dataloader_num_workers", 0, "--total_batch_size", 2, "--num_train_epochs", 4]
+    result = run_script(SCRIPTS / "train_masked.py", *given, "--output_dir", workspace / "dry", "--dry_run")
     assert "transformer: " in result.stdout and "hours for 18 steps" in result.stdout
     assert not (workspace / "dry").exists()
 
