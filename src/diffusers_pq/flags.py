@@ -279,6 +279,15 @@ def trained_unlike(
     return unlike(found, wanted, [name for name in flags if name not in own], _defaults(command))
 
 
+def as_flag(name: str, value: Any) -> str:
+    """How a command line says that a flag has a value."""
+    if value is None or value == []:
+        return f"no --{name}"
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
 def changed_on_resuming(
     command: type[Command], found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:

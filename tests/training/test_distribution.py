@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_config
 from safetensors.torch import load_file, save_file
+from scripts import run_script
 
 from diffusers_pq import PQModel
 from diffusers_pq.data.pictures import Crops, PictureSource, usable_rows
@@ -86,6 +87,32 @@ def test_two_processes_stream_validate_and_resume_exactly(tmp_path):
     validation = ReconstructionValidation(Accelerator(cpu=True), rows, Crops("image", 32, center_crop=True), 4)
     alone, _ = validation.evaluate(ReconstructionModel(PQModel.from_pretrained(tmp_path / "whole" / "best")))
     assert scores[0] == pytest.approx({"step": 6} | alone, rel=1e-4)
+
+
+def test_a_run_of_one_process_goes_on_in_two_with_the_same_rates_and_weights(tmp_path):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for number in range(8):
+        picture = PIL.Image.effect_noise((32, 32), 40).convert("RGB")
+        picture.save(tmp_path / "data" / "train" / f"{number}.png")
+    PQModel(**tiny_config()).save_config(tmp_path / "pq")
+    command = [ROOT / "training_scripts" / "train_pqgan.py", "--model_config_name_or_path", tmp_path / "pq"]
+    command += ["--train_data_dir", tmp_path / "data", "--validation_share", 0, "--resolution", 32]
+    command += ["--total_batch_size", 4, "--perceptual_weight", 0, "--discriminator_weight", 0, "--report_to", "none"]
+    command += ["--lr_scheduler", "linear", "--lr_warmup_steps", 1, "--learning_rate", 1e-3, "--adam_beta2", 0.999]
+    command += ["--checkpointing_steps", 2, "--max_train_steps", 5]
+    run_script(*command, "--output_dir", tmp_path / "one")
+    resume = "--resume_from_checkpoint", tmp_path / "one" / "checkpoint-2"
+    launch(*command, "--output_dir", tmp_path / "two", *resume)
+    checkpoints = [tmp_path / name / "checkpoint-4" for name in ("one", "two")]
+    rates = [
+        torch.load(folder / "optimizer.bin", weights_only=True)["param_groups"][0]["lr"] for folder in checkpoints
+    ]
+    assert rates[0] == rates[1] == pytest.approx(1e-3 / 4)
+    start = load_file(tmp_path / "one" / "checkpoint-2" / "model.safetensors")
+    one, two = (load_file(folder / "model.safetensors") for folder in checkpoints)
+    for name, value in one.items():
+        moved = (value - start[name]).norm()
+        assert (two[name] - value).norm() <= 0.05 * moved, name
 
 
 if __name__ == "__main__":

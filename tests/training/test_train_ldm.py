@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL, VQModel
 from labelled_pictures import write_labelled_pictures
 from safetensors.torch import load_file
 from scripts import run_script
+from test_checkpoints import poison
 
 from diffusers_pq import LatentDiffusionPQPipeline, PQModel
 from diffusers_pq.data.conditions import ClassLabels, class_names
@@ -183,6 +184,26 @@ def test_bad_arguments_are_named(workspace, extra, message):
     args = script["parse_args"]([*arguments(workspace, "bad"), *map(str, extra)])
     with pytest.raises(ValueError, match=re.escape(message)):
         script["main"](args)
+
+
+def test_a_resumed_run_takes_new_rates_and_refuses_code_in_its_checkpoint(workspace, tmp_path):
+    script = runpy.run_path(str(SCRIPTS / "train_ldm.py"))
+
+    def train_on(*extra):
+        extra = ("--use_ema", "--checkpointing_steps", 1, "--report_to", "none", *extra)
+        script["main"](script["parse_args"]([*arguments(workspace, tmp_path / "run"), *map(str, extra)]))
+
+    train_on("--max_train_steps", 1)
+    train_on("--max_train_steps", 2, "--learning_rate", 1e-3, "--resume_from_checkpoint", "latest")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (group,) = torch.load(checkpoint / "optimizer.bin", weights_only=True)["param_groups"]
+    assert group["lr"] == 1e-3
+    with pytest.raises(ValueError, match="--prediction_type v_prediction: .* was written with .* epsilon"):
+        train_on("--prediction_type", "v_prediction", "--resume_from_checkpoint", "latest")
+    poison(checkpoint, "custom_checkpoint_0.pkl", tmp_path / "mark")
+    with pytest.raises(ValueError, match="custom_checkpoint_0.pkl is not read"):
+        train_on("--resume_from_checkpoint", "latest")
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize(

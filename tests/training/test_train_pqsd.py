@@ -14,14 +14,21 @@ from conftest import tiny_config
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from scripts import run_script
+from test_checkpoints import poison
 
 from diffusers_pq import PQModel, StableDiffusionPQPipeline, widen_unet
 from diffusers_pq.autoencoders import channel_weights, encode_latents, scale_latents, set_latent_statistics
 from diffusers_pq.data.latent_cache import load_cached_codes, pack_codes, unpack_codes
+from diffusers_pq.flags import parse
 from diffusers_pq.hub.push import check_folder
 from diffusers_pq.training.denoiser import Stage, find_stage
 from diffusers_pq.training.noise import denoising_loss
-from diffusers_pq.training.stable_diffusion import AdaptationOptions, _validation_prompts, train_clip_tokenizer
+from diffusers_pq.training.stable_diffusion import (
+    AdaptationOptions,
+    _validation_prompts,
+    adapt_stable_diffusion,
+    train_clip_tokenizer,
+)
 
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
@@ -303,6 +310,26 @@ def test_bad_arguments_are_named(workspace, extra, message):
     with pytest.raises(subprocess.CalledProcessError) as error:
         adapt(workspace, "bad", "--vae_name_or_path", workspace / "pq", *extra)
     assert message in error.value.stdout
+
+
+def test_a_resumed_run_takes_new_stages_and_refuses_code_in_its_checkpoint(workspace, tmp_path):
+    def adapt_on(*extra, stages):
+        given = ["--pretrained_model_name_or_path", workspace / "sd", "--vae_name_or_path", workspace / "pq"]
+        given += ["--train_data_dir", workspace / "data", "--cache_dir", workspace / "cache", "--stages", stages]
+        given += ["--train_batch_size", 2, "--num_statistics_images", 6, "--output_dir", tmp_path / "run"]
+        given += ["--use_ema", "--checkpointing_steps", 1, "--report_to", "none", *extra]
+        adapt_stable_diffusion(AdaptationOptions.of(parse(AdaptationOptions, list(map(str, given)))))
+
+    adapt_on(stages="32:1:1e-2:all")
+    adapt_on("--resume_from_checkpoint", "latest", stages="32:1:0:all 32:2:1e-3:all")
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    (group,) = torch.load(checkpoint / "optimizer.bin", weights_only=True)["param_groups"]
+    assert group["lr"] == pytest.approx(1e-3)
+    assert "- until step 1 `--stages 32:1:0.01:all`" in (tmp_path / "run" / "README.md").read_text()
+    poison(checkpoint, "optimizer.bin", tmp_path / "mark")
+    with pytest.raises(ValueError, match="optimizer.bin is not read"):
+        adapt_on("--resume_from_checkpoint", "latest", stages="32:1:0:all 32:3:1e-3:all")
+    assert not (tmp_path / "mark").exists()
 
 
 def test_stages_follow_each_other():

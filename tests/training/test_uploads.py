@@ -25,7 +25,9 @@ def test_the_best_model_is_kept_also_over_a_restart(model, tmp_path):
         assert best.offer(model.save_pretrained, {"psnr": score}, step) == (expected == step)
         assert first_weight(tmp_path / "best") == expected
     assert json.loads((tmp_path / "best" / "validation.json").read_text()) == {"step": 1, "psnr": 22.0}
-    assert not BestModel(str(tmp_path), "psnr").offer(model.save_pretrained, {"psnr": 21.9}, 3)
+    resumed = BestModel(str(tmp_path), "psnr")
+    resumed.best = resumed.restore()
+    assert not resumed.offer(model.save_pretrained, {"psnr": 21.9}, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert isinstance(PQModel.from_pretrained(tmp_path / "best"), PQModel)
 
@@ -33,7 +35,7 @@ def test_the_best_model_is_kept_also_over_a_restart(model, tmp_path):
 def test_a_best_model_is_found_again_if_the_run_was_killed_while_it_was_replaced(model, tmp_path):
     BestModel(str(tmp_path), "psnr").offer(model.save_pretrained, {"psnr": 20.0}, 1)
     (tmp_path / "best").rename(tmp_path / "old-best")
-    assert BestModel(str(tmp_path), "psnr").best == 20.0
+    assert BestModel(str(tmp_path), "psnr").restore() == 20.0
     assert (tmp_path / "best" / "validation.json").is_file()
 
 

@@ -24,7 +24,7 @@ from .code import write_present_code
 logger = logging.getLogger(__name__)
 
 # Of a training run's output folder: checkpoints, logs, and what a killed run has left behind.
-NOT_UPLOADED = ("checkpoint-*", "unfinished-*", "old-*", "upload-*", "logs")
+NOT_UPLOADED = (".lock", "checkpoint-*", "unfinished-*", "old-*", "upload-*", "logs")
 
 # Weights of diffusers or transformers, whole or in shards, and between dots the variant.
 _WEIGHTS_FILE = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.([\w-]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
@@ -75,7 +75,7 @@ def push_folder(
             folder_path=folder,
             revision=revision,
             commit_message=message,
-            ignore_patterns=[f"{name}/*" for name in NOT_UPLOADED],
+            ignore_patterns=[*NOT_UPLOADED, *(f"{name}/*" for name in NOT_UPLOADED)],
         ).commit_url
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):

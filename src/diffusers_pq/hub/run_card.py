@@ -1,13 +1,13 @@
 """The model card of a training run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..flags import SECRETS
+from ..flags import SECRETS, as_flag
 from .cards import build_card, hub_id, save_card
 
 
@@ -16,7 +16,13 @@ _GENERATED = "<!-- Written by the training script"
 _BASES = ("pretrained_model_name_or_path", "backbone_name_or_path", "vae_name_or_path")
 
 
-def write_run_card(folder: Path, settings: Mapping[str, Any], step: int, scores: dict[str, float] | None):
+def write_run_card(
+    folder: Path,
+    settings: Mapping[str, Any],
+    step: int,
+    scores: dict[str, float] | None,
+    changes: Sequence[Mapping[str, Any]] = (),
+):
     """
     A model card with the settings and results of the run, unless there is one that somebody has edited.
 
@@ -25,6 +31,7 @@ def write_run_card(folder: Path, settings: Mapping[str, Any], step: int, scores:
         settings (`Mapping`): The flags of the run; secrets are left out.
         step (`int`): After which the model was saved.
         scores (`dict`, *optional*): Of the last validation, with its `step`.
+        changes (`Sequence[Mapping]`): `settings` that were others `until_step`, where the run was resumed.
     """
     path = folder / "README.md"
     if path.is_file() and _GENERATED not in path.read_text(encoding="utf-8"):
@@ -48,11 +55,22 @@ def write_run_card(folder: Path, settings: Mapping[str, Any], step: int, scores:
         validation if scores is not None else None,
         is_generated=True,
         summary=f"Trained with `diffusers_pq` on {dataset}.",
-        training=f"{step} of {settings['max_train_steps']} steps, with these settings:",
+        training=_describe(settings, step, changes),
         recipes={"Settings": _as_recipe(settings)},
         base=settings.get("pretrained_model_name_or_path"),
     )
     save_card(card, folder)
+
+
+def _describe(settings, step, changes):
+    text = f"{step} of {settings['max_train_steps']} steps, with these settings"
+    if not changes:
+        return f"{text}:"
+    lines = [f"{text}. Resumed, it had had others before:", ""]
+    for change in changes:
+        others = ", ".join(f"`{as_flag(name, value)}`" for name, value in change["settings"].items())
+        lines.append(f"- until step {change['until_step']} {others}")
+    return "\n".join(lines)
 
 
 def _as_recipe(settings):

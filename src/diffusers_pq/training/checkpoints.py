@@ -6,14 +6,21 @@ import logging
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, load, patch_environment
+
+from ..files import read_json, write_json
 
 
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
+_RECORD = "run.json"
+_PICKLES = (".bin", ".pkl", ".pt")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -28,8 +35,24 @@ def checkpoint_step(path: Path) -> int:
     return int(_NAME.fullmatch(path.name).group(1))
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, total_limit: int | None):
-    """Write `checkpoint-<step>` under another name, rename it when complete, and drop the oldest beyond the limit."""
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: str,
+    step: int,
+    total_limit: int | None,
+    record: dict[str, Any] | None = None,
+):
+    """
+    Write `checkpoint-<step>` under another name, rename it when complete, and drop the oldest beyond the limit. To be
+    called by all processes.
+
+    Args:
+        accelerator (`Accelerator`): With models, optimisers, schedulers and what is registered for checkpoints.
+        output_dir (`str`): Of the run.
+        step (`int`): Optimisation steps so far.
+        total_limit (`int`, *optional*): So many checkpoints are kept; `None` keeps all.
+        record (`dict`, *optional*): What [`read_record`] returns.
+    """
     final = Path(output_dir) / f"checkpoint-{step}"
     unfinished = Path(output_dir) / f"unfinished-{final.name}"
     if accelerator.is_main_process:
@@ -39,6 +62,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, total_
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
+    write_json(unfinished / _RECORD, record or {})
     _write_manifest(unfinished)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(unfinished, final)
@@ -47,12 +71,57 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, total_
         shutil.rmtree(path)
 
 
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
+    """
+    Load what [`save_checkpoint`] wrote. To be called by all processes.
+
+    Pickles are read with `weights_only=True`, so that no code in them runs, but for the folders of DeepSpeed, which
+    hold more than data.
+
+    Raises:
+        ValueError: if a pickle holds more than data, or the checkpoint is of other models or states.
+    """
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix in _PICKLES:
+            _check_pickle(path)
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    try:
+        # Without it, accelerate reads `custom_checkpoint_*.pkl` as any pickle.
+        with nullcontext() if is_deepspeed else patch_environment(torch_force_weights_only_load="1"):
+            accelerator.load_state(str(checkpoint))
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{checkpoint} is not of a run like this one: give the flags it was trained with, or start anew with "
+            f"`--resume_from_checkpoint none`. ({error})"
+        ) from error
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """What is known of the run that wrote a checkpoint; empty if it is of an earlier version."""
+    return read_json(checkpoint / _RECORD, dict) if (checkpoint / _RECORD).is_file() else {}
+
+
+def _check_pickle(path: Path):
+    # Beforehand, since accelerate passes over random states that it cannot read.
+    try:
+        load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not read: it may hold code beside data, or is damaged. Resume from another checkpoint."
+        ) from error
+
+
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files: missing, of another size or content than written; `None` if nothing."""
-    manifest = checkpoint / _MANIFEST
-    if not manifest.is_file():
+    try:
+        digests = read_json(checkpoint / _MANIFEST, dict)
+    except FileNotFoundError:
         return f"{_MANIFEST} is missing"
-    for name, digest in json.loads(manifest.read_text()).items():
+    except (OSError, ValueError):
+        return f"{_MANIFEST} cannot be read"
+    if not digests:
+        return f"{_MANIFEST} lists no files"
+    for name, digest in digests.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if _digest(checkpoint / name) != digest:

@@ -432,6 +432,11 @@ class DenoiserTrainer:
         self.steps = FiniteSteps(accelerator, max_grad_norm, max_skipped_steps)
         self.ema = ema
 
+    @property
+    def schedules(self) -> list[tuple]:
+        """Optimisers, each with its scheduler."""
+        return [(self.optimizer, self.lr_scheduler)]
+
     def step(self, inputs: torch.Tensor, condition: torch.Tensor | Mapping) -> dict[str, torch.Tensor] | None:
         """
         Learn from what the objective makes of one batch; returns what to log, `None` while gradients are being
@@ -570,10 +575,10 @@ def train_denoiser(options: DenoiserOptions, accelerator: Accelerator, run: Trai
         dry_run(options, accelerator, task.parts, [trainer.optimizer], lambda: _take_step(trainer, batches))
         return
     validation = _build_validation(options, accelerator, task)
-    run.start(trainer.ema)
+    run.start(trainer)
     vae_folder = Path(options.run.output_dir, "vae")
-    is_there = run.checkpoint is not None and saved_autoencoder(run).resolve() == vae_folder.resolve()
-    if accelerator.is_main_process and not is_there:
+    is_own = run.checkpoint is not None and saved_autoencoder(run).resolve() == vae_folder.resolve()
+    if accelerator.is_main_process and not (is_own and vae_folder.is_dir()):
         task.vae.save_pretrained(vae_folder)
 
     batches = iter(loader)
@@ -690,7 +695,7 @@ def _build_trainer(options, accelerator, task) -> DenoiserTrainer:
     optim = options.optim
     learned, learning_rate = task.denoiser.learned_parameters(), _highest_rate(task.stages)
     optimizer = build_optimizer(optim, learned, learning_rate, optim.adam_weight_decay)
-    lr_scheduler = _build_lr_scheduler(optim, task.stages, optimizer, accelerator.num_processes)
+    lr_scheduler = _build_lr_scheduler(optim, task.stages, optimizer)
     prepared = accelerator.prepare(task.denoiser, optimizer, lr_scheduler)
     ema = None
     if optim.use_ema:
@@ -707,16 +712,12 @@ def _build_trainer(options, accelerator, task) -> DenoiserTrainer:
     )
 
 
-def _build_lr_scheduler(optim, stages, optimizer, num_processes):
+def _build_lr_scheduler(optim, stages, optimizer):
     """`--lr_scheduler` over the whole run, times each stage's share of the highest learning rate."""
-    lr_scheduler = build_lr_scheduler(optim, optimizer, num_processes)
+    lr_scheduler = build_lr_scheduler(optim, optimizer)
     (whole_run,) = lr_scheduler.lr_lambdas
     highest = _highest_rate(stages) or 1.0
-
-    def factor(step):
-        return whole_run(step) * find_stage(stages, step // num_processes).learning_rate / highest
-
-    lr_scheduler.lr_lambdas = [factor]
+    lr_scheduler.lr_lambdas = [lambda step: whole_run(step) * find_stage(stages, step).learning_rate / highest]
     return lr_scheduler
 
 

@@ -48,10 +48,12 @@ class LatentDiffusionModelOptions(Options):
 
     title: ClassVar[str] = "model"
 
-    vae_name_or_path: str = flag(REQUIRED, "PQModel or another image autoencoder of diffusers; folder or Hub")
-    vae_subfolder: str | None = flag(None, 'of the autoencoder, "vae" of a pipeline')
-    revision: str | None = flag(None, "branch, tag or commit of the autoencoder on the Hub; default: main")
-    variant: str | None = flag(None, 'of the autoencoder\'s files, such as "fp16"')
+    vae_name_or_path: str = flag(
+        REQUIRED, "PQModel or another image autoencoder of diffusers; folder or Hub", fixed=True
+    )
+    vae_subfolder: str | None = flag(None, 'of the autoencoder, "vae" of a pipeline', fixed=True)
+    revision: str | None = flag(None, "branch, tag or commit of the autoencoder on the Hub; default: main", fixed=True)
+    variant: str | None = flag(None, 'of the autoencoder\'s files, such as "fp16"', fixed=True)
     model_config_name_or_path: str = flag(
         REQUIRED,
         "JSON file of a UNet2DConditionModel or DiTTransformer2DModel; channels, size and classes are filled in",
@@ -62,9 +64,9 @@ class LatentDiffusionModelOptions(Options):
 class ObjectiveOptions(NoiseOptions):
     """How latents are mixed with noise, what is predicted, and how errors weigh."""
 
-    objective: str = flag("diffusion", "what the denoiser learns", choices=("diffusion", "flow_matching"))
+    objective: str = flag("diffusion", "what the denoiser learns", choices=("diffusion", "flow_matching"), fixed=True)
     prediction_type: str = flag(
-        "epsilon", "what a denoiser of diffusion predicts", choices=("epsilon", "v_prediction")
+        "epsilon", "what a denoiser of diffusion predicts", choices=("epsilon", "v_prediction"), fixed=True
     )
     weighting_scheme: str = flag(
         "none", "how the timesteps of flow matching are drawn", choices=("none", "logit_normal")

@@ -1,11 +1,12 @@
 """Options that the training programs share, in groups."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..data.pictures import INTERPOLATION_MODES, RESIZE_MODES, PictureSource
-from ..flags import Command, Options, flag, with_default
+from ..flags import Command, Options, as_flag, changed_on_resuming, flag, with_default
 
 
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -97,7 +98,6 @@ class OptimisationOptions(Options):
         "pictures per process and forward pass; default: this process's share of --total_batch_size, else 8",
         minimum=1,
         differs="between machines",
-        fixed=True,
     )
     max_train_steps: int = flag(1_000_000, "optimisation steps of the whole run", minimum=1)
     num_train_epochs: int | None = flag(None, "passes over the pictures, instead of --max_train_steps", minimum=1)
@@ -112,7 +112,7 @@ class OptimisationOptions(Options):
     adam_beta2: float = flag(0.999, "decay of Adam's mean of their squares", minimum=0, below=1)
     max_grad_norm: float | None = flag(None, "clip gradients to this norm; by default they are not clipped", above=0)
     gradient_accumulation_steps: int = flag(
-        1, "forward passes for each optimisation step", minimum=1, differs="between machines", fixed=True
+        1, "forward passes for each optimisation step", minimum=1, differs="between machines"
     )
     gradient_checkpointing: bool = flag(
         False, "save memory by computing activations twice", differs="between machines"
@@ -137,6 +137,10 @@ class OptimisationOptions(Options):
     channels_last: bool = flag(False, "use the memory format that convolutions prefer", differs="between machines")
     compile: bool = flag(False, "compile the model with torch.compile", differs="between machines")
     seed: int = flag(0, "seed of weights, order, crops and noise", minimum=0, maximum=2**32 - 1, fixed=True)
+
+    def pictures_per_step(self, num_processes: int) -> int:
+        """Of all processes, once `train_batch_size` is known."""
+        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
 
     def check(self):
         if self.use_8bit_adam and self.optimizer != "adamw":
@@ -184,7 +188,12 @@ class RunOptions(Options):
         None, "keep only so many of the newest checkpoints; by default all", minimum=1, differs="always"
     )
     resume_from_checkpoint: str | None = flag(
-        None, 'checkpoint to go on from: "latest", a folder, or "none"', differs="always"
+        None,
+        'checkpoint to go on from: "latest", a folder, or "none" to start anew; needed where a run has been before',
+        differs="always",
+    )
+    overwrite_output_dir: bool = flag(
+        False, "start anew where a run has been before; its checkpoints and models are set aside", differs="always"
     )
     validation_steps: int = flag(5000, "steps between two validations", minimum=1, differs="always")
     num_validation_images: int = flag(64, "pictures to validate on", minimum=1, differs="always")
@@ -198,6 +207,13 @@ class RunOptions(Options):
         "print configuration, sizes, memory and an estimate of the time, from a few real steps; writes nothing",
         differs="always",
     )
+
+    def check(self):
+        if self.overwrite_output_dir and self.resume_from_checkpoint not in (None, "none"):
+            raise ValueError(
+                "--overwrite_output_dir starts anew, but --resume_from_checkpoint "
+                f'{self.resume_from_checkpoint} goes on: leave out the first, or give "none" for the second'
+            )
 
 
 @dataclass(kw_only=True)
@@ -245,6 +261,7 @@ class DenoiserDataOptions(ConditionedDataOptions):
         1000,
         "pictures that the latents' mean and std are taken of; 0 keeps those in the autoencoder's config",
         minimum=0,
+        fixed=True,
     )
 
 
@@ -307,3 +324,16 @@ class TrainingOptions(Command):
     data: DataOptions
     optim: OptimisationOptions
     run: RunOptions
+
+    def check_resuming(self, earlier: Mapping[str, Any]):
+        """
+        Raise a `ValueError` if a run cannot go on with these options.
+
+        Args:
+            earlier (`Mapping`): The settings that the checkpoint was written with.
+        """
+        for name, (before, now) in changed_on_resuming(type(self), earlier, self.settings()).items():
+            raise ValueError(
+                f"{as_flag(name, now)}: the checkpoint was written with {as_flag(name, before)}, which a resumed run "
+                "has to keep. Give that again, or start anew with `--resume_from_checkpoint none`."
+            )

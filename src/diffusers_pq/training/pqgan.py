@@ -3,12 +3,12 @@
 import logging
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -263,6 +263,12 @@ class AutoencoderTrainer:
         return self.accelerator.unwrap_model(self.model).autoencoder
 
     @property
+    def schedules(self) -> list[tuple]:
+        """Optimisers, each with its scheduler."""
+        pairs = (self.optimizer, self.lr_scheduler), (self.d_optimizer, self.d_scheduler)
+        return [pair for pair in pairs if pair[0] is not None]
+
+    @property
     def is_healthy(self) -> bool:
         """Whether the last step's gradients were finite."""
         return not (self.steps.in_a_row or self.d_steps.in_a_row)
@@ -427,16 +433,21 @@ class AutoencoderOptions(Options):
     pretrained_model_name_or_path: str | None = flag(
         None, "trained autoencoder to fine-tune", differs="between machines"
     )
-    revision: str | None = flag(None, "branch, tag or commit of that autoencoder on the Hub; default: main")
-    variant: str | None = flag(None, 'of that autoencoder\'s files, such as "fp16"')
+    revision: str | None = flag(
+        None, "branch, tag or commit of that autoencoder on the Hub; default: main", fixed=True
+    )
+    variant: str | None = flag(None, 'of that autoencoder\'s files, such as "fp16"', fixed=True)
     backbone_name_or_path: str | None = flag(
-        None, "trained autoencoder (PQModel or AutoencoderKL) whose fitting weights a fresh model starts from"
+        None,
+        "trained autoencoder (PQModel or AutoencoderKL) whose fitting weights a fresh model starts from",
+        fixed=True,
     )
     weight_init: str = flag(
         "default",
         "torch's, as in the paper, or the linear autoencoder that fits the first crops: its components dealt out to "
         "the subspaces, the largest with the smallest, or rotated at random by --seed, which favours no bottleneck",
         choices=("default", "pca", "pca_rotated"),
+        fixed=True,
     )
 
     def check(self):
@@ -516,7 +527,6 @@ class AutoencoderOptimisationOptions(OptimisationOptions):
         "crops per process and forward pass; default: this process's share of --total_batch_size, else 20",
         minimum=1,
         differs="between machines",
-        fixed=True,
     )
     learning_rate: float = flag(4.5e-6, "learning rate, after the warm-up", minimum=0)
     discriminator_learning_rate: float | None = flag(
@@ -566,6 +576,15 @@ class PQGANOptions(TrainingOptions):
                 f"--crops_per_image {self.data.crops_per_image}"
             )
 
+    def check_resuming(self, earlier: Mapping[str, Any]):
+        super().check_resuming(earlier)
+        if self.loss.discriminator_weight and not earlier["discriminator_weight"]:
+            raise ValueError(
+                f"--discriminator_weight {self.loss.discriminator_weight}: the checkpoint was written without a "
+                "discriminator (--discriminator_weight 0). Give 0 again, or start another run from its model with "
+                "`--pretrained_model_name_or_path`."
+            )
+
     @property
     def pictures_per_batch(self) -> int:
         """Decoded pictures in each forward pass of a process."""
@@ -609,7 +628,7 @@ def train_pqgan(options: PQGANOptions, build: Callable[[], nn.Module] | None = N
         dry_run(options, accelerator, parts, optimizers, lambda: _take_step(trainer, batches, quantize=True))
         return
     validation = _build_validation(options, accelerator, perceptual_loss)
-    run.start(trainer.ema)
+    run.start(trainer)
 
     kmeans_pending = build is None and codebooks.codebook_init == "kmeans" and run.step <= codebooks.quantize_from_step
     kmeans_pending = kmeans_pending and hasattr(trainer.autoencoder, "quantizer")
@@ -802,7 +821,7 @@ def _build_trainer(options, accelerator, model, perceptual_loss):
 
     def optimiser(module, rate):
         optimizer = build_optimizer(optim, module.parameters(), rate)
-        return optimizer, build_lr_scheduler(optim, optimizer, accelerator.num_processes)
+        return optimizer, build_lr_scheduler(optim, optimizer)
 
     model, optimizer, lr_scheduler = accelerator.prepare(model, *optimiser(model, optim.learning_rate))
     discriminator = build_discriminator(options.model, loss)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import datasets
 import torch
@@ -14,6 +15,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
+    DataLoaderConfiguration,
     DistributedType,
     GradientAccumulationPlugin,
     ProjectConfiguration,
@@ -27,10 +29,12 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from ..files import write_json
+from ..flags import as_flag, trained_unlike
 from ..hub.run_card import write_run_card
 from ..measuring import describe_machine, measure_peak_bytes, measure_seconds
-from .checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
+from .checkpoints import checkpoint_step, find_checkpoint, load_checkpoint, read_record, save_checkpoint
 from .options import DataOptions, OptimisationOptions, RunOptions, TrainingOptions
+from .output_folder import SETTINGS, OutputFolder
 from .uploads import BestModel, HubUploads
 
 
@@ -38,6 +42,10 @@ logger = logging.getLogger(__name__)
 
 _DRY_RUN_STEPS = 3  # whose median time is taken
 _MOST_HELD_BACK = 256
+# Flags that together make the pictures of a step, and the number of steps, which are compared instead.
+_MAKE_OTHERS = ("total_batch_size", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
+# Of an optimiser's parameter groups: what flags say. The rest is state.
+_GIVEN = ("initial_lr", "betas", "weight_decay")
 
 
 def create_accelerator(
@@ -52,6 +60,8 @@ def create_accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             optim.gradient_accumulation_steps, sync_with_dataloader=False
         ),
+        # Schedulers take one step at each optimisation step, not one per process. No loader is prepared.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
         mixed_precision=optim.mixed_precision,
         kwargs_handlers=kwargs_handlers,
         log_with=None if run.report_to == "none" else run.report_to.split(","),
@@ -81,49 +91,97 @@ def _check_trackers(report_to: str):
             raise ValueError(f"--report_to {name}: {name} is not installed. `pip install {name}`, or report to none.")
 
 
-def build_lr_scheduler(optim: OptimisationOptions, optimizer: torch.optim.Optimizer, num_processes: int):
+def build_lr_scheduler(optim: OptimisationOptions, optimizer: torch.optim.Optimizer):
     """`--lr_scheduler` over the whole run, after `--lr_warmup_steps`, for [`Accelerator.prepare`]."""
     # diffusers' "constant" passes over the warm-up without a word; its sibling without one is the same.
     name = "constant_with_warmup" if optim.lr_scheduler == "constant" else optim.lr_scheduler
-    # The schedulers of accelerate take one step per process at each optimisation step.
-    warm_up, steps = optim.lr_warmup_steps * num_processes, optim.max_train_steps * num_processes
-    return get_scheduler(name, optimizer, num_warmup_steps=warm_up, num_training_steps=steps)
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=optim.lr_warmup_steps, num_training_steps=optim.max_train_steps
+    )
+
+
+class Trainer(Protocol):
+    """
+    What a run has to know of what it trains.
+
+    Attributes:
+        schedules (`list[tuple]`): Prepared optimisers, each with its scheduler.
+        ema (`EMAModel`, *optional*): Registered for checkpoints.
+    """
+
+    schedules: list[tuple]
+    ema: EMAModel | None
 
 
 class TrainingRun:
     """
-    The state of a run beside its models: the step it is at, and what it writes where.
+    The state of a run beside its models: the step it is at, and what it writes where. Unless it is a dry run, no other
+    run can write into its folder until [`finish`].
 
     Args:
         options ([`TrainingOptions`])
         accelerator (`Accelerator`)
-        best (`BestModel`, *optional*): Keeps the best model of the validations.
+        best (`BestModel`): Keeps the best model of the validations.
 
     Attributes:
         step (`int`): Optimisation steps taken, those before a resumed checkpoint included.
         checkpoint (`Path`, *optional*): The one to resume from.
+
+    Raises:
+        ValueError: if the folder is another run's, or the checkpoint does not go with the options.
     """
 
-    def __init__(self, options: TrainingOptions, accelerator: Accelerator, best: BestModel | None = None):
+    def __init__(self, options: TrainingOptions, accelerator: Accelerator, best: BestModel):
         self.options = options
         self.accelerator = accelerator
         self.best = best
-        self.checkpoint = _decide(
-            accelerator, lambda: find_checkpoint(options.run.output_dir, options.run.resume_from_checkpoint)
-        )
+        self.folder = OutputFolder(options.run.output_dir)
+        self.checkpoint, self._earlier = _decide(accelerator, self._find_checkpoint)
         self.step = 0 if self.checkpoint is None else checkpoint_step(self.checkpoint)
         self.uploads = None
-        self._scores = None
+        self._scores = self._earlier.get("scores")
+        self._changes = self._earlier.get("changes", [])
 
-    def start(self, ema: EMAModel | None = None):
-        """Load the checkpoint, once everything is prepared, and open the logs."""
+    def _find_checkpoint(self) -> tuple[Path | None, dict]:
+        """The checkpoint and its record, once the folder is this run's."""
+        run = self.options.run
+        if not run.dry_run:
+            self.folder.lock()
+            if run.resume_from_checkpoint is None and not run.overwrite_output_dir:
+                self.folder.check_unused()
+        checkpoint = find_checkpoint(run.output_dir, run.resume_from_checkpoint)
+        if checkpoint is None:
+            return None, {}
+        earlier = read_record(checkpoint)
+        if not earlier:
+            logger.warning("%s does not tell its settings: nobody can say if these are the same.", checkpoint)
+            return checkpoint, {}
+        self.options.check_resuming(earlier["settings"])
+        now = self.options.optim.pictures_per_step(self.accelerator.num_processes)
+        if now != earlier["pictures_per_step"]:
+            raise ValueError(
+                f"--train_batch_size {self.options.optim.train_batch_size}: with {self.accelerator.num_processes} "
+                f"processes that makes {now} pictures a step, but {checkpoint} was written with "
+                f"{earlier['pictures_per_step']}, which a resumed run has to keep: give --total_batch_size "
+                f"{earlier['pictures_per_step']} instead."
+            )
+        return checkpoint, earlier
+
+    def start(self, trainer: Trainer):
+        """
+        Load the checkpoint, once everything is prepared, and open the logs. What flags say of optimisers and averages
+        holds from here on, whatever the checkpoint says.
+
+        Raises:
+            ValueError: if the checkpoint is of other models, or of more steps than are to be trained.
+        """
         # Noise and timesteps differ between the processes; a checkpoint holds the state of each.
         set_seed(self.options.optim.seed, device_specific=True)
         if self.checkpoint is not None:
-            self.accelerator.load_state(str(self.checkpoint))
-            logger.info("Resumed from %s", self.checkpoint)
-        if ema is not None:
-            ema.to(self.accelerator.device)  # a resumed average comes on the CPU
+            self._load_checkpoint(trainer)
+        if trainer.ema is not None:
+            trainer.ema.to(self.accelerator.device)  # a resumed average comes on the CPU
+        self.best.best = _decide(self.accelerator, self._make_room)
         self._progress = tqdm(
             total=self.options.optim.max_train_steps,
             initial=self.step,
@@ -131,13 +189,52 @@ class TrainingRun:
         )
         if not self.accelerator.is_main_process:
             return
-        folder = Path(self.options.run.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "training_config.json", self.options.settings())
+        folder = self.folder.path
+        write_json(folder / SETTINGS, self.options.settings())
         self.accelerator.init_trackers(self.options.run.tracker_project_name)
         if self.options.run.push_to_hub:
             repo_id = self.options.run.hub_model_id or folder.name
             self.uploads = HubUploads(repo_id, str(folder), self.options.run.hub_token)
+
+    def _load_checkpoint(self, trainer):
+        last = self.options.optim.max_train_steps
+        if self.step > last:
+            raise ValueError(
+                f"--max_train_steps {last}: {self.checkpoint} is of a later step. Give at least {self.step}."
+            )
+        decay = trainer.ema and trainer.ema.decay
+        given = [_given(*schedule) for schedule in trainer.schedules]
+        load_checkpoint(self.accelerator, self.checkpoint)
+        for schedule, own in zip(trainer.schedules, given):
+            _give(*schedule, *own)
+        if trainer.ema is not None:
+            trainer.ema.decay = decay
+        logger.info("Resumed from %s", self.checkpoint)
+        if self.is_finished:
+            logger.info("It was the last: all %d steps have been trained.", last)
+
+    def _make_room(self) -> float | None:
+        """Leave nothing of another run in the folder; returns the best score of this one."""
+        changed = {}
+        if self._earlier:
+            found, now = self._earlier["settings"], self.options.settings()
+            changed = trained_unlike(type(self.options), found, now, between_machines=False, own=_MAKE_OTHERS)
+        if changed:
+            before = {name: before for name, (before, _) in changed.items()}
+            self._changes = [*self._changes, {"until_step": self.step, "settings": before}]
+            listed = "; ".join(
+                f"{as_flag(name, now)}, before {as_flag(name, old)}" for name, (old, now) in changed.items()
+            )
+            logger.warning("Goes on with other flags: %s", listed)
+        goes_on = self.options.run.resume_from_checkpoint == "latest" and not any(map(self._alters_course, changed))
+        self.folder.make_room(self.checkpoint, keep_best=goes_on)
+        return self.best.restore()
+
+    def _alters_course(self, name: str) -> bool:
+        """Whether the steps after a checkpoint are others if this flag is."""
+        if name == "max_train_steps":
+            return not self.options.optim.lr_scheduler.startswith("constant")
+        return self.options.flags()[name].metadata["differs"] == "never"
 
     @property
     def is_finished(self) -> bool:
@@ -161,7 +258,13 @@ class TrainingRun:
     def save_checkpoint(self):
         """To be called by all processes."""
         run = self.options.run
-        save_checkpoint(self.accelerator, run.output_dir, self.step, run.checkpoints_total_limit)
+        record = {
+            "settings": self.options.settings(),
+            "pictures_per_step": self.options.optim.pictures_per_step(self.accelerator.num_processes),
+            "scores": self._scores,
+            "changes": self._changes,
+        }
+        save_checkpoint(self.accelerator, run.output_dir, self.step, run.checkpoints_total_limit, record)
 
     def log_scores(self, scores: dict[str, float]):
         """Log what a validation found, for the card too."""
@@ -188,7 +291,7 @@ class TrainingRun:
         is_main = self.accelerator.is_main_process
         if not self.best.offer(save, scores, self.step, is_main) or not is_main:
             return
-        write_run_card(self.best.folder, self.options.settings(), self.step, self._scores)
+        write_run_card(self.best.folder, self.options.settings(), self.step, self._scores, self._changes)
         if self.uploads is not None:
             self.uploads.start(self.best.folder, f"step {self.step}, the best yet")
 
@@ -200,13 +303,30 @@ class TrainingRun:
             save: Writes the model into the folder it is given; called by all processes.
         """
         self.accelerator.wait_for_everyone()
-        folder = Path(self.options.run.output_dir)
+        folder = self.folder.path
         save(folder)
         if self.accelerator.is_main_process:
-            write_run_card(folder, self.options.settings(), self.step, self._scores)
+            write_run_card(folder, self.options.settings(), self.step, self._scores, self._changes)
             if self.uploads is not None and not self.uploads.upload(folder, f"step {self.step}"):
                 logger.warning("Repeat it with `diffusers-pq push %s %s`.", folder, self.uploads.repo_id)
         self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            self.folder.unlock()
+
+
+def _given(optimizer, lr_scheduler) -> tuple[list[dict], list[float]]:
+    """What flags say of an optimiser and its scheduler."""
+    groups = [{name: group[name] for name in _GIVEN} for group in optimizer.param_groups]
+    return groups, lr_scheduler.scheduler.base_lrs
+
+
+def _give(optimizer, lr_scheduler, groups, base_lrs):
+    """Let that hold again, and the rate of the schedule as it is now for the step that was loaded."""
+    scheduler = lr_scheduler.scheduler
+    scheduler.base_lrs = base_lrs
+    scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in zip(base_lrs, scheduler.lr_lambdas)]
+    for group, own, rate in zip(optimizer.param_groups, groups, scheduler._last_lr):
+        group.update(own, lr=rate)
 
 
 def _decide(accelerator: Accelerator, function: Callable):

@@ -120,13 +120,14 @@ class AdaptationModelOptions(Options):
     pretrained_model_name_or_path: str = flag(
         REQUIRED, "pipeline to adapt, of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5"
     )
-    revision: str | None = flag(None, "branch, tag or commit of that pipeline on the Hub; default: main")
-    variant: str | None = flag(None, 'of that pipeline\'s files, such as "fp16"')
-    vae_name_or_path: str | None = flag(None, "PQModel or AutoencoderKL; default: the pipeline's own")
+    revision: str | None = flag(None, "branch, tag or commit of that pipeline on the Hub; default: main", fixed=True)
+    variant: str | None = flag(None, 'of that pipeline\'s files, such as "fp16"', fixed=True)
+    vae_name_or_path: str | None = flag(None, "PQModel or AutoencoderKL; default: the pipeline's own", fixed=True)
     unet_init: str = flag(
         "copy",
         "weights of the new channels, see widen_denoiser; random: no weight of the denoiser is kept",
         choices=("copy", "copy_scaled", "zero", "random"),
+        fixed=True,
     )
     train_text_encoder: bool = flag(False, "also train the text encoder, where it is untrained", fixed=True)
     lora_rank: int | None = flag(
@@ -229,7 +230,10 @@ class AdaptationNoiseOptions(NoiseOptions):
     """How latents are mixed with noise, what is predicted, and how errors weigh."""
 
     prediction_type: str | None = flag(
-        None, "what the UNet is to predict; default: what it does", choices=("epsilon", "v_prediction", "sample")
+        None,
+        "what the UNet is to predict; default: what it does",
+        choices=("epsilon", "v_prediction", "sample"),
+        fixed=True,
     )
     weighting_scheme: str | None = flag(
         None,

@@ -33,7 +33,7 @@ class BestModel:
     Keeps the model with the highest validation score in `<output_dir>/best`, beside its scores in `validation.json`.
 
     Args:
-        output_dir (`str`): Of the run. A resumed run goes on from the score found there.
+        output_dir (`str`): Of the run.
         metric (`str`): Name of the score, of which more is better unless `lower_is_better`.
         lower_is_better (`bool`)
     """
@@ -42,10 +42,14 @@ class BestModel:
         self.folder = Path(output_dir) / "best"
         self.metric = metric
         self.sign = -1 if lower_is_better else 1
+        self.best = None
+
+    def restore(self) -> float | None:
+        """The score of the model that is kept in the folder, if there is one; put it into `best` to go on from it."""
         scores = self.folder / "validation.json"
         if not self.folder.exists() and _old(self.folder).exists():  # killed while the two changed places
             os.replace(_old(self.folder), self.folder)
-        self.best = read_json(scores)[metric] if scores.is_file() else None
+        return read_json(scores, dict)[self.metric] if scores.is_file() else None
 
     def offer(
         self, save: Callable[[Path], object], scores: dict[str, float], step: int, is_main_process: bool = True
