@@ -75,8 +75,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path):
     """
     Load what [`save_checkpoint`] wrote. To be called by all processes.
 
-    Pickles are read with `weights_only=True`, so that no code in them runs, but for the folders of DeepSpeed and of FSDP
-    with sharded state dicts, which hold more than data.
+    Pickles are read with `weights_only=True`, so that no code in them runs, but for the folders of DeepSpeed and of
+    FSDP with sharded state dicts, which hold more than data.
 
     Raises:
         ValueError: if a pickle holds more than data, or the checkpoint is of other models or states.
