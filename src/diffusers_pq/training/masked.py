@@ -142,9 +142,9 @@ class MaskedModelOptions(Options):
 
     title: ClassVar[str] = "model"
 
-    vae_name_or_path: str = flag(REQUIRED, "PQModel whose codes are learned; folder or Hub repository")
-    revision: str | None = flag(None, "branch, tag or commit of the autoencoder on the Hub; default: main")
-    variant: str | None = flag(None, 'of the autoencoder\'s files, such as "fp16"')
+    vae_name_or_path: str = flag(REQUIRED, "PQModel whose codes are learned; folder or Hub repository", fixed=True)
+    revision: str | None = flag(None, "branch, tag or commit of the autoencoder on the Hub; default: main", fixed=True)
+    variant: str | None = flag(None, 'of the autoencoder\'s files, such as "fp16"', fixed=True)
     model_config_name_or_path: str = flag(
         REQUIRED, "JSON file of a PQMaskedTransformer; S, K, size and condition are filled in"
     )
@@ -152,6 +152,7 @@ class MaskedModelOptions(Options):
         "codebooks",
         "start of the codes' embeddings: near for codebook entries that are near, or random",
         choices=("codebooks", "random"),
+        fixed=True,
     )
     text_encoder_name_or_path: str | None = flag(
         None, "pipeline whose text_encoder and tokenizer read the captions; folder or Hub repository"
