@@ -325,7 +325,10 @@ def test_a_resumed_run_takes_new_stages_and_refuses_code_in_its_checkpoint(works
     checkpoint = tmp_path / "run" / "checkpoint-3"
     (group,) = torch.load(checkpoint / "optimizer.bin", weights_only=True)["param_groups"]
     assert group["lr"] == pytest.approx(1e-3)
-    assert "- until step 1 `--stages 32:1:0.01:all`" in (tmp_path / "run" / "README.md").read_text()
+    assert (
+        "- until step 1 `--max_train_steps 1`, `--stages 32:1:0.01:all`"
+        in (tmp_path / "run" / "README.md").read_text()
+    )
     poison(checkpoint, "optimizer.bin", tmp_path / "mark")
     with pytest.raises(ValueError, match="optimizer.bin is not read"):
         adapt_on("--resume_from_checkpoint", "latest", stages="32:1:0:all 32:3:1e-3:all")
