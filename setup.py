@@ -77,7 +77,7 @@ setup(
         "diffusers_pq.pipelines",
     ],
     package_dir={"diffusers_pq": "src/diffusers_pq", "diffusers_pq.pipelines": "pipelines"},
-    package_data={"diffusers_pq.hub": ["model_card_template.md"]},
+    package_data={"diffusers_pq.hub": ["model_card_template.md"], "diffusers_pq.evaluation": ["references.json"]},
     install_requires=[
         *(package + versions for package, versions in supported.items()),
         "accelerate>=1.6",

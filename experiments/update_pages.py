@@ -18,7 +18,7 @@ from rate_distortion import at_equal_quality
 from sweep_report import judge, report
 
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.evaluation import reconstruction
+from diffusers_pq.evaluation import reconstruction, systems
 from diffusers_pq.files import read_json, write_text
 from diffusers_pq.flags import FlagParser
 
@@ -59,12 +59,13 @@ TABLES = {
 }
 # name of a block -> what renders it from the contents of all JSON files
 SUMMARIES = {"claims": claims_table, "findings": findings_table, "findings_in_short": findings_in_short}
-BLOCKS = (*TABLES, *SUMMARIES, "evaluation")
-
-
-def evaluation_table():
-    """Of the included models on the validation pictures."""
-    return reconstruction.results_table(reconstruction.read_results(EVALUATIONS))
+# name of a block -> what renders it from the evaluations of autoencoders
+EVALUATION_TABLES = {
+    "evaluation": reconstruction.results_table,
+    "references": systems.references_table,
+    "systems": lambda results: systems.systems_table(),
+}
+BLOCKS = (*TABLES, *SUMMARIES, *EVALUATION_TABLES)
 
 
 def pages():
@@ -74,8 +75,8 @@ def pages():
 
 
 def rendered(name):
-    if name == "evaluation":
-        return evaluation_table().strip()
+    if name in EVALUATION_TABLES:
+        return EVALUATION_TABLES[name](reconstruction.read_results(EVALUATIONS)).strip()
     if name in TABLES:
         return TABLES[name](read_json(RESULTS[name])).strip()
     if name in SUMMARIES:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn as nn
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderRAE
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils import BaseOutput
 
 from .files import folder_or_hub, read_json
 from .models.autoencoder_pq import PQModel
@@ -101,8 +102,26 @@ def downsampling_factor(model: nn.Module) -> int:
     """F: the ratio of image side to latent side, of any image autoencoder of diffusers with levels."""
     if isinstance(model, PQModel):
         return model.downsampling_factor
-    levels = model.config.get("block_out_channels") or model.config.encoder_block_out_channels
+    if isinstance(model, AutoencoderRAE):
+        return model.config.patch_size
+    names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+    levels = next(model.config[name] for name in names if model.config.get(name))
     return 2 ** (len(levels) - 1)
+
+
+def encode_pictures(model: nn.Module, images: torch.Tensor) -> BaseOutput:
+    """`model.encode` of pictures `[B, 3, H, W]` in [-1, 1], also where it takes videos or another range."""
+    if isinstance(model, AutoencoderKLQwenImage):
+        return model.encode(images.unsqueeze(2))
+    return model.encode(images / 2 + 0.5 if isinstance(model, AutoencoderRAE) else images)
+
+
+def decode_pictures(model: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures `[B, 3, H, W]`, about [-1, 1], of the latents that [`encode_pictures`] gives."""
+    pictures = model.decode(latents).sample
+    if isinstance(model, AutoencoderKLQwenImage):
+        return pictures.squeeze(2)
+    return pictures * 2 - 1 if isinstance(model, AutoencoderRAE) else pictures
 
 
 @torch.no_grad()

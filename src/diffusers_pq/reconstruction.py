@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from diffusers import VQModel
 
-from .autoencoders import downsampling_factor
+from .autoencoders import decode_pictures, downsampling_factor, encode_pictures
 from .images import pad_to_multiple, to_pil, to_tensor, to_uint8
 from .metrics import SSIM_SIDE, CodebookUsage, bits_per_pixel, psnr, ssim
 from .models.autoencoder_pq import PQModel
@@ -50,7 +50,7 @@ def reconstruct(model: nn.Module, images: torch.Tensor) -> EncodedPictures:
     Encode and decode pictures `[B, 3, H, W]` in [-1, 1] with any image autoencoder of diffusers. Of a distribution of
     latents the mode is decoded.
     """
-    encoded = model.encode(images)
+    encoded = encode_pictures(model, images)
     if "latent_dist" in encoded:
         latents = encoded.latent_dist.mode()
     else:
@@ -62,7 +62,7 @@ def reconstruct(model: nn.Module, images: torch.Tensor) -> EncodedPictures:
     if isinstance(model, VQModel):
         _, _, (_, _, indices) = model.quantize(latents)
         codes = indices.view(len(latents), 1, *latents.shape[-2:])
-    return EncodedPictures(model.decode(latents).sample, latents, codes)
+    return EncodedPictures(decode_pictures(model, latents), latents, codes)
 
 
 def codebook_shape(model: nn.Module) -> tuple[int, int] | None:

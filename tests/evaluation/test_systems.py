@@ -8,29 +8,39 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderRAE
 from safetensors.torch import save
 from test_conversion import DDCONFIG, make_original
 from test_reconstruction import SCRIPT, photographs  # noqa: F401 (a fixture)
 
-from diffusers_pq.evaluation.systems import SYSTEMS, load_for_evaluation, systems_table
+from diffusers_pq.autoencoders import downsampling_factor
+from diffusers_pq.evaluation.reconstruction import read_results
+from diffusers_pq.evaluation.systems import (
+    KNOWN,
+    REFERENCES,
+    SYSTEMS,
+    load_for_evaluation,
+    references_table,
+    systems_table,
+)
 from diffusers_pq.reconstruction import reconstruct
 
 
 ROOT = Path(__file__).parents[2]
 MODEL_CARDS = ROOT / "model_cards"
+EVALUATIONS = ROOT / "benchmarks" / "results" / "evaluation"
 
 
 def test_a_system_has_the_papers_scores_and_says_where_its_weights_are():
     for name, system in SYSTEMS.items():
-        for dataset, scores in system.paper.items():
+        for dataset, scores in system.published.items():
             assert dataset in ("ImageNet", "FFHQ", "LSUN")
             assert scores.keys() <= {"psnr", "rfid", "cmmd", "lpips_alex"}
             assert all(re.fullmatch(r"\d+\.\d+", score) for score in scores.values()), name
             # The tables give decibels in tens and everything else near 0: a shifted column would show.
             assert float(scores.get("psnr", 20)) > 19 and float(scores["rfid"]) < 10
         assert system.repo_id or system.files or system.note, name
-    assert {name for name, system in SYSTEMS.items() if len(system.paper) == 3} == {
+    assert {name for name, system in SYSTEMS.items() if len(system.published) == 3} == {
         "vqgan-lc-f8",
         "sd21-vae",
         "sdxl-vae",
@@ -71,7 +81,7 @@ def test_a_system_of_the_hub_loads_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "pipeline").mkdir()
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "pipeline" / "vae")
     entry = replace(SYSTEMS["sd21-vae"], repo_id=str(tmp_path / "pipeline"))
-    monkeypatch.setitem(SYSTEMS, "sd21-vae", entry)
+    monkeypatch.setitem(KNOWN, "sd21-vae", entry)
     model = load_for_evaluation("sd21-vae")
     assert isinstance(model, AutoencoderKL) and not model.training
 
@@ -106,8 +116,88 @@ def test_the_authors_checkpoint_gives_what_their_code_gives(tmp_path, monkeypatc
     torch.testing.assert_close(reconstruct(model, images * 2 - 1).sample / 2 + 0.5, expected, atol=1e-5, rtol=0)
 
 
+TINY_LEVELS = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+TINY_DC = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "attention_head_dim": 4}
+TINY_DC |= {"encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "latent_channels": 8}
+TINY_DC |= {f"{part}_qkv_multiscales": ((), ()) for part in ("encoder", "decoder")}
+TINY_RAE = {"encoder_hidden_size": 64, "encoder_num_hidden_layers": 1, "encoder_input_size": 28, "patch_size": 16}
+TINY_RAE |= {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+# Of the class that each reference has: a small one, the side of its pictures, and its F and d.
+TINY_REFERENCES = {
+    "sd3-vae": (AutoencoderKL, TINY_LEVELS | {"latent_channels": 16}, 32, 2, 16),
+    "flux2-vae": (
+        AutoencoderKLFlux2,
+        TINY_LEVELS
+        | {
+            f"{way}_block_types": (f"{way.title()}{coder}Block2D",) * 2
+            for way, coder in (("down", "Encoder"), ("up", "Decoder"))
+        },
+        32,
+        2,
+        32,
+    ),
+    "qwen-image-vae": (
+        AutoencoderKLQwenImage,
+        {"base_dim": 8, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]},
+        32,
+        2,
+        16,
+    ),
+    "rae-dinov2-base": (AutoencoderRAE, TINY_RAE, 32, 16, 64),
+    "dc-ae-f32c32": (AutoencoderDC, TINY_DC, 32, 2, 8),
+}
+
+
+@pytest.mark.parametrize("name", TINY_REFERENCES)
+def test_a_reference_goes_through_the_same_evaluation_by_its_name(name, photographs, tmp_path, monkeypatch):  # noqa: F811
+    torch.manual_seed(0)
+    model_class, config, side, factor, channels = TINY_REFERENCES[name]
+    folder = tmp_path / "model" / "vae"
+    model_class(**config).save_pretrained(folder)
+    entry = replace(KNOWN[name], repo_id=str(folder), subfolder=None)
+    monkeypatch.setitem(KNOWN, name, entry)
+    script = runpy.run_path(str(SCRIPT))
+    arguments = ["--data_dir", photographs.data_dir, "--resolution", str(side), "--output_dir", str(tmp_path / "out")]
+    arguments += ["--systems", name, "--metrics", "psnr_pooled", "--dataloader_num_workers", "0", "--batch_size", "2"]
+    script["main"](script["parse_args"](arguments))
+    (path,) = (tmp_path / "out").glob("*/*/results.json")
+    result = json.loads(path.read_text())
+    assert (result["latents"]["downsampling_factor"], result["latents"]["latent_channels"]) == (factor, channels)
+    assert 0 < result["scores"]["psnr_pooled"] < 30
+
+
+@torch.no_grad()
+def test_pictures_of_a_representation_autoencoder_are_in_its_range():
+    """The decoder that gives grey in [0, 1] gives the grey of [-1, 1]."""
+    model = AutoencoderRAE(**TINY_RAE).eval()
+    for parameter in model.decoder.decoder_pred.parameters():
+        parameter.zero_()
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    expected = model(images / 2 + 0.5).sample * 2 - 1
+    torch.testing.assert_close(reconstruct(model, images).sample, expected)
+    assert downsampling_factor(model) == 16
+
+
 def test_the_page_of_systems_is_that_of_the_registry():
-    assert systems_table() in (ROOT / "docs" / "systems.md").read_text()
+    page = (ROOT / "docs" / "systems.md").read_text()
+    assert systems_table() in page and references_table(read_results(EVALUATIONS)) in page
+
+
+def test_references_have_a_licence_and_say_who_published_their_scores():
+    for name, system in REFERENCES.items():
+        assert system.licence and system.repo_id, name
+        assert (system.published_by is None) == (not system.published["ImageNet"]), name
+    assert REFERENCES["sd3-vae"].bits_per_pixel == REFERENCES["flux1-vae"].bits_per_pixel == 4
+    assert SYSTEMS["pqgan-f8"].bits_per_pixel == 9 and SYSTEMS["pqgan-f16"].bits_per_pixel == 1.75
+
+
+def test_what_was_measured_on_imagenet_stands_beside_what_was_published():
+    result = {"name": "sd3-vae", "settings": {"dataset_name": "ILSVRC/imagenet-1k", "data_dir": None}}
+    other = result | {"settings": {"dataset_name": None, "data_dir": "data/ffhq"}, "scores": {"psnr_pooled": 99.0}}
+    table = references_table([result | {"scores": {"psnr_pooled": 31.3, "rfid": 0.21}}, other])
+    (row,) = (line for line in table.splitlines() if "`sd3-vae`" in line)
+    assert row.endswith("| 31.29 | 0.87 | 0.20 | arXiv:2512.19693 | 31.3, 0.21 |")
+    assert "99" not in table and "| `pqgan-f8` | PQGAN | 8 | 128 | 9 | - | 37.4 | - | 0.036 | the paper |  |" in table
 
 
 def test_the_script_puts_the_papers_scores_beside_those_of_a_system(photographs, tmp_path, capsys):  # noqa: F811
@@ -121,8 +211,8 @@ def test_the_script_puts_the_papers_scores_beside_those_of_a_system(photographs,
     assert table[4].startswith("| ldm-kl-f4 | 1 | 4 |") and table[4].endswith(" | - | - | - |")
     assert table[5] == "| *the paper's, ImageNet* | - | - | - | 28.1 | 0.27 | 0.080 | 0.0282 |"
     with pytest.raises(SystemExit):
-        script["parse_args"]([*data, "--systems", "sd3-vae"])
-    assert "sd3-vae is not known; known are vqgan-f16-16384" in capsys.readouterr().err
+        script["parse_args"]([*data, "--systems", "sd4-vae"])
+    assert "sd4-vae is not known; known are vqgan-f16-16384" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         script["parse_args"](["--list_systems"])
     assert systems_table().strip() in capsys.readouterr().out
@@ -175,7 +265,7 @@ def test_the_scores_are_those_of_table_1_digit_by_digit():
         shape = (system.downsampling_factor, system.latent_channels, system.codebook_size)
         assert shape == (int(factor), int(channels), None if size == "-" else int(size.replace(" ", "")))
         names = ("psnr", "rfid", "cmmd", "lpips_alex")
-        assert system.paper["ImageNet"] == {name: score for name, score in zip(names, scores) if score != "-"}
+        assert system.published["ImageNet"] == {name: score for name, score in zip(names, scores) if score != "-"}
 
 
 def test_the_scores_are_those_of_table_2_digit_by_digit():
@@ -186,9 +276,9 @@ def test_the_scores_are_those_of_table_2_digit_by_digit():
         printed[method, 256 // int(latents.split(" x ")[0])] = by_dataset
     recorded = {
         (system.method, system.downsampling_factor): {
-            name: scores for name, scores in system.paper.items() if name != "ImageNet"
+            name: scores for name, scores in system.published.items() if name != "ImageNet"
         }
         for system in SYSTEMS.values()
-        if len(system.paper) > 1
+        if len(system.published) > 1
     }
     assert recorded == printed

@@ -6,7 +6,7 @@ from ..data.pictures import INTERPOLATION_MODES
 from ..flags import COUNT, COUNT_OR_NONE, SCALE, SEED, FlagParser, number
 from ..metrics import DEFAULT_METRICS, METRICS
 from .reconstruction import PROTOCOLS, RESIZE_MODES
-from .systems import SYSTEMS, systems_table
+from .systems import KNOWN, references_table, systems_table
 
 
 def parse_reconstruction_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
@@ -19,10 +19,14 @@ def parse_reconstruction_args(argv: list[str] | None = None, description: str | 
         "--systems",
         nargs="+",
         metavar="NAME[=FOLDER]",
-        help="autoencoders of Tables 1 and 2, from the Hub or a converted folder; the paper's scores stand beside",
+        help="autoencoders of Tables 1 and 2 and of today's diffusion models, from the Hub or a converted folder; "
+        "published scores stand beside",
     )
     model.add_argument(
-        "--list_systems", action="version", version=systems_table(), help="print what --systems knows, and exit"
+        "--list_systems",
+        action="version",
+        version=f"{systems_table()}\n{references_table([])}",
+        help="print what --systems knows, and exit",
     )
     model.add_argument("--subfolder", help='folder of the model in its repository, "vae" of a pipeline')
     model.add_argument("--revision", help="branch, tag or commit of the model on the Hub; default: main")
@@ -130,6 +134,6 @@ def _add_data_arguments(data):
 def _named_system(parser, entry):
     """The name of a system and what to load it from."""
     name, _, folder = entry.partition("=")
-    if name not in SYSTEMS:
-        parser.error(f"--systems {name} is not known; known are {', '.join(SYSTEMS)}")
+    if name not in KNOWN:
+        parser.error(f"--systems {name} is not known; known are {', '.join(KNOWN)}")
     return name, folder or name

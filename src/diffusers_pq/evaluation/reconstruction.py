@@ -33,7 +33,7 @@ from ..images import to_tensor, to_uint8
 from ..measuring import describe_machine
 from ..metrics import DEFAULT_METRICS, CodebookUsage, load_metrics
 from ..reconstruction import codebook_shape, reconstruct, stored_bits_per_pixel
-from .systems import SYSTEMS, load_for_evaluation
+from .systems import KNOWN, load_for_evaluation
 
 
 logger = logging.getLogger(__name__)
@@ -501,7 +501,7 @@ def write_table(output_dir: str | os.PathLike) -> str:
 def results_table(results: list[dict]) -> str:
     """
     Markdown: a table for each dataset with a row for each model, and what unavailable metrics want. Models with the
-    name of one of the [`~diffusers_pq.evaluation.systems.SYSTEMS`] are followed by the scores that the paper prints
+    name of a known system are followed by the scores that were published
     for it.
     """
     sections = {}
@@ -530,9 +530,11 @@ def _section(results: list[dict]) -> str:
 def _rows(result: dict) -> Iterable[tuple[str, dict]]:
     """First cells and values of a result's row and, for a known system, of the paper's."""
     yield result["name"], result["latents"] | result["scores"] | dict.fromkeys(result["unavailable"])
-    if result["name"] in SYSTEMS:
-        dataset, scores = SYSTEMS[result["name"]].paper_scores(_data(result).name)
-        yield f"*the paper's, {dataset}*", {_AS_IN_THE_PAPER.get(name, name): score for name, score in scores.items()}
+    system = KNOWN.get(result["name"])
+    if system is not None and system.published_by is not None:
+        dataset, scores = system.published_scores(_data(result).name)
+        title = f"*{system.published_by}'s, {dataset}*"
+        yield title, {_AS_IN_THE_PAPER.get(name, name): score for name, score in scores.items()}
 
 
 def _cell(row: dict, name: str, spec: str) -> str:

