@@ -107,7 +107,7 @@ def bits_per_code_of_files(
 
     Args:
         pipeline ([`MaskedPQPipeline`])
-        paths (sequence of `Path`)
+        paths (`Sequence[Path]`)
         class_label (`int` or `str`, *optional*): Of all pictures; default: no class.
         prompt (`str`, *optional*): Of all pictures; default: no text.
         num_steps (`int`): See [`code_length`].

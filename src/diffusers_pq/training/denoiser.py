@@ -526,7 +526,9 @@ class DenoiserTask:
         with_sizes (`bool`): Whether conditions hold sizes, see [`ConditionedCrops`].
         parts (`dict[str, nn.Module]`): That a dry run counts, by name.
         offloaded (`tuple[nn.Module, ...]`): What waits on the CPU and is fetched to paint.
-        buckets: Makes the sizes of the pictures of a resolution, see [`aspect_ratio_buckets`]; `None` for squares.
+        buckets:
+            Makes the sizes of the pictures of a resolution, see
+            [`~diffusers_pq.data.pictures.aspect_ratio_buckets`]; `None` for squares.
     """
 
     denoiser: nn.Module

@@ -188,7 +188,7 @@ class CaptionedDataOptions(DenoiserDataOptions):
 
     def buckets(self, resolution: int, multiple: int) -> list[tuple[int, int]] | None:
         """
-        Of `--aspect_ratio_buckets`, see [`aspect_ratio_buckets`].
+        Of `--aspect_ratio_buckets`, see [`~diffusers_pq.data.pictures.aspect_ratio_buckets`].
 
         Raises:
             ValueError: if they cannot be read; the message shows what is expected.
