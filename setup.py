@@ -14,7 +14,6 @@ train = [
     "torchvision>=0.21",
     "torchmetrics>=1.6",
     "tensorboard>=2.16",
-    "tqdm>=4.66",
     "torchdata>=0.11",
     # The first that works with transformers 5.
     "peft>=0.18",
@@ -25,7 +24,6 @@ eval_ = [
     "lpips>=0.1.4",
     "torchvision>=0.21",
     "datasets>=5.2",
-    "tqdm>=4.66",
     "pandas>=2.2",
     "matplotlib>=3.9",
     "scikit-image>=0.24",
@@ -86,6 +84,7 @@ setup(
         "packaging",
         "pillow>=10.0",
         "pyyaml>=6.0",
+        "tqdm>=4.66",
     ],
     extras_require={
         "train": train,

@@ -14,7 +14,6 @@ graph, with compiled blocks (`compile_repeated_blocks`), and with both. Writes g
 import datetime
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -24,7 +23,7 @@ from diffusers_pq import PQModel, widen_unet
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
 from diffusers_pq.files import replacing, write_json
-from diffusers_pq.flags import COUNT, FlagParser
+from diffusers_pq.flags import COUNT, FlagParser, output_folder
 from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
 
 
@@ -119,7 +118,7 @@ def parse_args(argv=None):
     parser.add_argument("--dtype", default="float32", help="precision of the models")
     parser.add_argument("--small", action="store_true", help="take tiny networks and pictures, to try the command")
     parser.add_argument(
-        "--output_dir", type=Path, help="folder of the results; default: benchmarks/results/ and the device"
+        "--output_dir", type=output_folder, help="folder of the results; default: benchmarks/results/ and the device"
     )
     args = parser.parse_args(argv)
     args.modes = args.modes or usual_modes(args.device)

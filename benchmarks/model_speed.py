@@ -12,7 +12,6 @@ the trained model of --tiling_model. On CUDA all is measured as it is, as a CUDA
 import datetime
 import itertools
 import json
-from pathlib import Path
 
 import torch
 from PIL.Image import Resampling
@@ -23,7 +22,7 @@ from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
 from diffusers_pq.files import read_json, write_json
-from diffusers_pq.flags import COUNT, FlagParser
+from diffusers_pq.flags import COUNT, FlagParser, output_folder
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
 from diffusers_pq.metrics import psnr
@@ -67,7 +66,7 @@ def parse_args(argv=None):
     parser.add_argument("--tiling_pixels", type=COUNT, default=1536, help="side of the picture of that comparison")
     parser.add_argument("--small", action="store_true", help="take tiny models and one photograph, to try the command")
     parser.add_argument(
-        "--output_dir", type=Path, help="folder of the results; default: benchmarks/results/ and the device"
+        "--output_dir", type=output_folder, help="folder of the results; default: benchmarks/results/ and the device"
     )
     args = parser.parse_args(argv)
     args.modes = args.modes or usual_modes(args.device)

@@ -13,7 +13,6 @@ import datetime
 import functools
 import importlib.util
 import math
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -22,7 +21,7 @@ from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
 from diffusers_pq.files import replacing, write_json
-from diffusers_pq.flags import COUNT, FlagParser
+from diffusers_pq.flags import COUNT, FlagParser, output_folder
 from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
 from diffusers_pq.models import search
 
@@ -55,7 +54,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--small", action="store_true", help="take tiny models, to try the command")
     parser.add_argument(
-        "--output_dir", type=Path, help="folder of the results; default: benchmarks/results/ and the device"
+        "--output_dir", type=output_folder, help="folder of the results; default: benchmarks/results/ and the device"
     )
     args = parser.parse_args(argv)
     args.modes = args.modes or usual_modes(args.device)

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import read_json, replacing, write_json
-from diffusers_pq.flags import FlagParser, named
+from diffusers_pq.flags import FlagParser, named, output_folder
 
 
 # What the plot shows: the logs' name, a title, and over how many logged values it is averaged.
@@ -35,7 +35,9 @@ def parse_args(argv=None):
         metavar="NAME=FOLDER",
         help="output folders of train_pqsd.py, with names for the plot",
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default=Path("experiments/results"), help="folder of the results"
+    )
     return parser.parse_args(argv)
 
 

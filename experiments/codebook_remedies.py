@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import read_json
-from diffusers_pq.flags import COUNT, FlagParser
+from diffusers_pq.flags import COUNT, FlagParser, output_folder
 from diffusers_pq.measuring import describe_machine
 
 
@@ -40,7 +40,7 @@ def parse_args(argv=None):
         "--runs_dir", type=Path, default=ROOT / "runs" / "codebook_remedies", help="folder of the trainings"
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=ROOT / "experiments" / "results", help="folder of the results"
+        "--output_dir", type=output_folder, default=ROOT / "experiments" / "results", help="folder of the results"
     )
     parser.add_argument("flags", nargs="*", help="further flags of train_pqgan.py")
     return parser.parse_args(argv)

@@ -30,7 +30,7 @@ from diffusers_pq.data.pictures import ConditionedCrops, Crops, PictureSource
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.evaluation.reconstruction import EvaluationData
 from diffusers_pq.files import read_json, replacing, write_json
-from diffusers_pq.flags import COUNT, SCALE, FlagParser, named, number, trained_unlike
+from diffusers_pq.flags import COUNT, SCALE, FlagParser, named, number, output_folder, trained_unlike
 from diffusers_pq.images import to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import FID, PSNR, SSIM, PooledPSNR
@@ -95,7 +95,9 @@ def parse_args(argv=None):
     )
     parser.add_argument("--grid_classes", nargs="+", help="classes that are shown; default: the first eight")
     parser.add_argument("--batch_size", type=COUNT, default=32, help="pictures at once")
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default=Path("experiments/results"), help="folder of the results"
+    )
     args = parser.parse_args(argv)
     args.runs = {name: Path(folder) for name, folder in args.runs}
     return args

@@ -21,7 +21,7 @@ from diffusers_pq import product_quantize
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import write_json
-from diffusers_pq.flags import COUNT, FlagParser
+from diffusers_pq.flags import COUNT, FlagParser, output_folder
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import psnr
@@ -42,7 +42,9 @@ def parse_args(argv=None):
         "--denoisers", nargs="*", default=["2:16", "2:256", "4:256"], help="S:K of which a denoiser is trained"
     )
     parser.add_argument("--train_steps", type=COUNT, default=400, help="steps of each denoiser's training")
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default=Path("experiments/results"), help="folder of the results"
+    )
     return parser.parse_args(argv)
 
 

@@ -10,7 +10,6 @@ compiled from the start, as it is in a long run; the overhead is the time of the
 """
 
 import datetime
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -22,7 +21,7 @@ from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
 from diffusers_pq.files import write_json
-from diffusers_pq.flags import COUNT, FlagParser
+from diffusers_pq.flags import COUNT, FlagParser, output_folder
 from diffusers_pq.measuring import describe_machine, measure_seconds, results_folder
 from diffusers_pq.models import search
 
@@ -43,7 +42,7 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=COUNT, default=5, help="measurements, of which the median counts")
     parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
     parser.add_argument(
-        "--output_dir", type=Path, help="folder of the results; default: experiments/results/ and the device"
+        "--output_dir", type=output_folder, help="folder of the results; default: experiments/results/ and the device"
     )
     return parser.parse_args(argv)
 

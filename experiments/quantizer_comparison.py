@@ -44,7 +44,7 @@ from diffusers_pq.evaluation.reconstruction import (
     evaluate_autoencoder,
 )
 from diffusers_pq.files import read_json, write_json, write_text
-from diffusers_pq.flags import COUNT, SEED, FlagParser, parse, trained_unlike, unlike
+from diffusers_pq.flags import COUNT, SEED, FlagParser, output_folder, parse, trained_unlike, unlike
 from diffusers_pq.images import load_image, to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import load_metrics
@@ -99,7 +99,7 @@ def parse_args(argv=None):
         "--runs_dir", type=Path, default=ROOT / "runs" / "quantizer_comparison", help="folder of the trainings"
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=ROOT / "experiments" / "results", help="folder of the results"
+        "--output_dir", type=output_folder, default=ROOT / "experiments" / "results", help="folder of the results"
     )
     parser.add_argument("flags", nargs="*", default=RECIPE, help="flags of train_pqgan.py, after --")
     return parser.parse_args(argv)

@@ -30,7 +30,7 @@ from diffusers_pq.compression import compress_picture, decompress_picture
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.devices import usable_device
 from diffusers_pq.evaluation.reconstruction import EvaluationData
-from diffusers_pq.flags import FlagParser, number
+from diffusers_pq.flags import FlagParser, number, output_folder
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import CodebookUsage, pooled_psnr, psnr, ssim
@@ -64,7 +64,9 @@ def parse_args(argv=None):
         help="quality settings of JPEG, WebP and AVIF",
     )
     parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default=Path("experiments/results"), help="folder of the results"
+    )
     return parser.parse_args(argv)
 
 

@@ -16,7 +16,7 @@ from sweep_report import draw_quality, draw_utilisation, judge, mean_of_runs, re
 
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import write_json
-from diffusers_pq.flags import FlagParser
+from diffusers_pq.flags import FlagParser, output_folder
 
 
 def parse_args(argv=None):
@@ -25,7 +25,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--evaluation", help="name of the one to draw, if there are several, such as imagenet-1k-validation-256"
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("experiments/results"), help="folder of the results")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default=Path("experiments/results"), help="folder of the results"
+    )
     return parser.parse_args(argv)
 
 

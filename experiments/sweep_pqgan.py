@@ -23,7 +23,7 @@ from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.evaluation.options import parse_reconstruction_args
 from diffusers_pq.files import read_json
-from diffusers_pq.flags import COUNT, FlagParser, number, parse
+from diffusers_pq.flags import COUNT, FlagParser, number, output_folder, parse
 from diffusers_pq.training.pqgan import PQGANOptions
 
 
@@ -52,7 +52,7 @@ def parse_args(argv=None):
         "--codebook_size", nargs="+", type=COUNT, default=[128, 512, 1024, 8192, 16384], help="sizes of a codebook K"
     )
     parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder of the trainings, shared by all workers"
+        "--output_dir", type=output_folder, required=True, help="folder of the trainings, shared by all workers"
     )
     parser.add_argument(
         "--evaluation",

@@ -23,7 +23,7 @@ from diffusers.optimization import get_scheduler
 from diffusers_pq import PatchDiscriminator, PQModel
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import write_json
-from diffusers_pq.flags import COUNT, FlagParser
+from diffusers_pq.flags import COUNT, FlagParser, output_folder
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds, results_folder
 from diffusers_pq.training.pqgan import (
     AutoencoderLoss,
@@ -60,7 +60,7 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=COUNT, default=7, help="measurements, of which the median counts")
     parser.add_argument("--mixed_precision", default="no", help="precision of the forward pass, such as bf16")
     parser.add_argument(
-        "--output_dir", type=Path, help="folder of the results; default: experiments/results/ and the device"
+        "--output_dir", type=output_folder, help="folder of the results; default: experiments/results/ and the device"
     )
     return parser.parse_args(argv)
 

@@ -38,9 +38,16 @@ def test_reconstructs_with_a_kl_autoencoder(tmp_path, capsys):
 def test_errors_are_one_line_and_leave_no_file(model_folder, tmp_path, capsys):
     (tmp_path / "text.png").write_text("not a picture")
     PIL.Image.new("RGB", (16, 16)).save(tmp_path / "photo.png")
+    reconstruct = ["reconstruct", str(tmp_path / "photo.png"), "--model"]
     for arguments, message in [
         (["reconstruct", str(tmp_path / "text.png"), "--model", model_folder], "cannot be read as a picture"),
-        (["reconstruct", str(tmp_path / "photo.png"), "--model", str(tmp_path / "absent")], "absent"),
+        ([*reconstruct, str(tmp_path / "absent")], "absent"),
+        (
+            ["reconstruct", str(tmp_path / "photo.png"), "--model", "absent", "--output", "x.text"],
+            "must end in the suffix",
+        ),
+        (["decompress", str(tmp_path / "codes"), "--model", "absent", "--output", "x"], "must end in the suffix"),
+        (["convert", "absent.ckpt", "--output", str(tmp_path / "new")], "No such checkpoint: absent.ckpt"),
         (["prepare-data", model_folder], "exists already"),
         (["prepare-data", str(tmp_path / "data"), "--packages-dir", model_folder], "No pictures found"),
     ]:

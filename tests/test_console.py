@@ -1,5 +1,6 @@
 """How commands and scripts end on errors that users can cause, and on those that they cannot."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from diffusers_pq import __version__, cli, console
-from diffusers_pq.console import one_line_errors, report
+from diffusers_pq.console import one_line_errors, progress_on_terminals, report
 from diffusers_pq.devices import usable_device
 
 
@@ -98,6 +101,49 @@ def test_an_interrupt_ends_quietly(capsys):
     with pytest.raises(SystemExit) as end, one_line_errors():
         raise KeyboardInterrupt
     assert end.value.code == 130 and capsys.readouterr().err == ""
+
+
+BARS = ["tqdm", "tqdm.auto", "datasets.utils", "diffusers.utils.logging", "huggingface_hub.utils", "torch.hub"]
+BARS += ["transformers.utils.logging"]
+
+
+@pytest.mark.parametrize("module", BARS)
+def test_progress_bars_of_all_libraries_stay_out_of_files(module, capsys):
+    bar = importlib.import_module(module).tqdm
+    with progress_on_terminals():
+        list(bar(range(3), disable=False))
+    assert capsys.readouterr().err == ""
+    list(bar(range(3)))
+    assert "3/3" in capsys.readouterr().err, "elsewhere they are as their libraries have them"
+
+
+def test_a_dataset_is_read_into_a_file_without_a_bar(capsys):
+    rows = Dataset.from_dict({"number": [1, 2]})
+    with progress_on_terminals():
+        rows.map(lambda row: {"double": 2 * row["number"]})
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_bars_are_shown_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_on_terminals():
+        list(tqdm(range(3)))
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_scripts_and_the_command_hide_progress_bars_in_files(monkeypatch, capsys):
+    with one_line_errors():
+        list(tqdm(range(3)))
+    monkeypatch.setattr(cli, "_push", lambda args: list(tqdm(range(3))))
+    assert cli.main(["push", "folder", "me/model"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_has_a_line_of_its_own_beside_an_unfinished_progress_bar(capsys):
+    for _ in tqdm(range(3)):
+        report(ValueError("bad"), "program")
+        break
+    assert "program: bad" in capsys.readouterr().err.replace("\r", "\n").splitlines()
 
 
 def test_a_script_under_accelerate_launch_ends_with_its_line(tmp_path):

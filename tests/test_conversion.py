@@ -619,7 +619,11 @@ def test_a_model_the_class_cannot_hold_is_refused(vqgan, tmp_path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("model: {params: {ddconfig: {ch: 32}}}", "lacks num_res_blocks, res"), ("a: 1", "KeyError"), ("[", "no YAML")],
+    [
+        ("model: {params: {ddconfig: {ch: 32}}}", "lacks num_res_blocks, res"),
+        ("a: 1", "no `ddconfig`"),
+        ("[", "no YAML"),
+    ],
 )
 def test_a_bad_yaml_file_is_named(text, message, vqgan):
     checkpoint, config, _ = vqgan

@@ -12,7 +12,7 @@ from diffusers_pq.autoencoders import create_autoencoder, load_autoencoder
 from diffusers_pq.cli import main
 from diffusers_pq.data.pictures import PictureSource
 from diffusers_pq.evaluation.systems import load_for_evaluation
-from diffusers_pq.files import read_json, replacing, write_text
+from diffusers_pq.files import check_output, check_output_folder, folder_or_hub, read_json, replacing, write_text
 from diffusers_pq.metrics import load_metrics
 
 
@@ -124,3 +124,29 @@ def test_the_hub_is_tried_once_where_it_cannot_be_reached(load, without_network)
         assert "nobody/absent does not exist" in str(error)
     assert 1 <= len(without_network) <= 2 and time.perf_counter() - started < 5
     assert not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("content", ["[1]", "7", "null", "{", ""])
+@pytest.mark.parametrize("place", ["config.json", "model_index.json", "vae/config.json"])
+def test_a_configuration_that_is_no_json_object_is_named(place, content, tmp_path):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text(content)
+    with pytest.raises(ValueError, match=place), folder_or_hub(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("load", [load_autoencoder, create_autoencoder, load_for_evaluation])
+def test_a_model_with_a_list_for_a_configuration_is_refused(load, tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="config.json must hold a JSON dict, but holds a list"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/a/b"])
+def test_an_output_folder_that_a_file_is_in_the_way_of_is_refused(place, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"The output folder .*{place} cannot be made, since .*file is a file"):
+        check_output_folder(tmp_path / place)
+    check_output_folder(tmp_path / "new" / "folder")
+    with pytest.raises(ValueError, match="file is a file"):
+        check_output(tmp_path / "file" / "picture.png")

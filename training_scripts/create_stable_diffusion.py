@@ -17,7 +17,7 @@ from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.conditions import caption_texts
 from diffusers_pq.data.pictures import PictureSource
 from diffusers_pq.files import read_json
-from diffusers_pq.flags import COUNT, SEED, FlagParser, number
+from diffusers_pq.flags import COUNT, SEED, FlagParser, number, output_folder
 from diffusers_pq.training.stable_diffusion import create_stable_diffusion, train_clip_tokenizer
 
 
@@ -38,7 +38,7 @@ def parse_args(argv=None):
         help="what the UNet is to predict",
     )
     parser.add_argument("--seed", type=SEED, default=0, help="seed of the weights")
-    parser.add_argument("--output_dir", required=True, help="folder of the pipeline")
+    parser.add_argument("--output_dir", type=output_folder, required=True, help="folder of the pipeline")
     return parser.parse_args(argv)
 
 

@@ -16,7 +16,7 @@ from diffusers_pq.autoencoders import load_pq_model
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.latent_cache import encode_dataset
 from diffusers_pq.data.pictures import INTERPOLATION_MODES, RESIZE_MODES, Crops, PictureSource
-from diffusers_pq.flags import COUNT, FlagParser
+from diffusers_pq.flags import COUNT, FlagParser, output_folder
 
 
 def parse_args(argv=None):
@@ -59,7 +59,12 @@ def parse_args(argv=None):
     )
     parser.add_argument("--batch_size", type=COUNT, default=8, help="pictures encoded at once, per process")
     parser.add_argument("--rows_per_shard", type=COUNT, default=1000, help="pictures in each file")
-    parser.add_argument("--output_dir", required=True, help="folder of the codes, in a sub-folder for each resolution")
+    parser.add_argument(
+        "--output_dir",
+        type=output_folder,
+        required=True,
+        help="folder of the codes, in a sub-folder for each resolution",
+    )
     return parser.parse_args(argv)
 
 

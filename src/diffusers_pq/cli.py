@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from .console import report
-from .flags import COUNT, SEED, FlagParser, number
+from .console import progress_on_terminals, report
+from .flags import COUNT, SEED, FlagParser, number, output_folder
 
 
 def _build_parser() -> FlagParser:
@@ -21,7 +21,7 @@ def _build_parser() -> FlagParser:
     reconstruct.set_defaults(run=_reconstruct)
 
     prepare = commands.add_parser("prepare-data", help="make a captioned image dataset of open pictures")
-    prepare.add_argument("output", type=Path, help="folder to write; must not exist")
+    prepare.add_argument("output", type=output_folder, help="folder to write; must not exist")
     prepare.add_argument(
         "--source",
         choices=("debian", "emoji"),
@@ -56,7 +56,7 @@ def _build_parser() -> FlagParser:
     prepare.set_defaults(run=_prepare_data)
 
     test_set = commands.add_parser("prepare-test-set", help="fetch the 16 test photographs that nothing is tuned on")
-    test_set.add_argument("output", type=Path, help="folder to write; must not exist")
+    test_set.add_argument("output", type=output_folder, help="folder to write; must not exist")
     test_set.add_argument(
         "--packages-dir", type=Path, help="unpacked packages, one a sub-folder; default: fetch with apt"
     )
@@ -73,7 +73,7 @@ def _build_parser() -> FlagParser:
     widen.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision that is saved"
     )
-    widen.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    widen.add_argument("--output", type=output_folder, required=True, help="folder to write; must not exist")
     widen.set_defaults(run=_widen_unet)
 
     push = commands.add_parser("push", help="check a folder with a model or a pipeline, and upload it to the Hub")
@@ -109,7 +109,7 @@ def _build_parser() -> FlagParser:
     convert.add_argument(
         "--config", help="YAML file the checkpoint was trained with; default: the checkpoint's name with .yaml"
     )
-    convert.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    convert.add_argument("--output", type=output_folder, required=True, help="folder to write; must not exist")
     convert.add_argument(
         "--target",
         choices=("PQModel", "VQModel", "AutoencoderKL"),
@@ -160,12 +160,11 @@ def _build_parser() -> FlagParser:
 def _reconstruct(args):
     from .autoencoders import load_autoencoder
     from .devices import usable_device
-    from .files import check_output
-    from .images import load_image, save_image
+    from .images import check_picture_output, load_image, save_image
     from .reconstruction import reconstruct_picture
 
     output = args.output or args.picture.with_name(f"{args.picture.stem}-reconstruction.png")
-    check_output(output, args.picture)
+    check_picture_output(output, args.picture)
     device = usable_device(args.device)
     picture = load_image(args.picture)
     model = load_autoencoder(args.model).to(device)
@@ -323,10 +322,9 @@ def _decompress(args):
     from .autoencoders import load_autoencoder
     from .compression import decompress_picture
     from .devices import usable_device
-    from .files import check_output
-    from .images import save_image
+    from .images import check_picture_output, save_image
 
-    check_output(args.output, args.file)
+    check_picture_output(args.output, args.file)
     device = usable_device(args.device)
     data = args.file.read_bytes()
     model = load_autoencoder(args.model).to(device)
@@ -339,7 +337,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _build_parser()
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        with progress_on_terminals():
+            args.run(args)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How the console command and the scripts end on an expected error: one line on stderr."""
+"""What the console command and the scripts show: progress on terminals alone, and an expected error in one line."""
 
 import os
 import sys
@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 # If set, expected errors show their traceback too.
@@ -19,6 +21,7 @@ _EXPECTED_OF = {
     "httpx": "HTTPError",
     "pickle": "PickleError",
     "safetensors": "SafetensorError",
+    "subprocess": "SubprocessError",
     "wandb.errors": "Error",
     "yaml": "YAMLError",
     "zipfile": "BadZipFile",
@@ -35,14 +38,37 @@ _SECONDS_OF_GRACE = 5.0
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """
-    Ends a script as [`report`] says when an error is raised within, and quietly with status 130 on Ctrl+C.
+    Ends a script as [`report`] says when an error is raised within, and quietly with status 130 on Ctrl+C; its
+    progress bars are those of [`progress_on_terminals`].
     """
     try:
-        yield
+        with progress_on_terminals():
+            yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         sys.exit(report(error, Path(sys.argv[0]).name))
+
+
+@contextmanager
+def progress_on_terminals() -> Iterator[None]:
+    """
+    Within it, all progress bars, those of other libraries too, are hidden unless stderr is a terminal: a log file
+    would get a line of each of their states.
+    """
+    if sys.stderr.isatty():
+        yield
+        return
+    show = tqdm.__init__
+
+    def hide(self, *args, **options):
+        show(self, *args, **options | {"disable": True})
+
+    tqdm.__init__ = hide
+    try:
+        yield
+    finally:
+        tqdm.__init__ = show
 
 
 def report(error: Exception, program: str) -> int:
@@ -65,7 +91,8 @@ def report(error: Exception, program: str) -> int:
     if rank > 0:
         time.sleep(_SECONDS_OF_GRACE)
         program = f"{program} (process {rank})"
-    print(f"{program}: {line}", file=sys.stderr, flush=True)
+    tqdm.write(f"{program}: {line}", file=sys.stderr)  # on a line of its own, also beside an unfinished progress bar
+    sys.stderr.flush()
     return 1
 
 

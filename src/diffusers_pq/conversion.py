@@ -221,7 +221,10 @@ def _locate(
     if config is None:
         stem, dot, _ = str(checkpoint).rpartition(".")
         config = f"{stem if dot else checkpoint}.yaml"
-    return _fetch(checkpoint, revision), _fetch(config, revision)
+    checkpoint = _fetch(checkpoint, revision)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"No such checkpoint: {checkpoint}")
+    return checkpoint, _fetch(config, revision)
 
 
 def _fetch(path: str | os.PathLike, revision: str | None) -> Path:
@@ -243,14 +246,16 @@ def _read_options(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No such config: {path}. Name the YAML file that the model was trained with.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
+    try:
         model = content["model"]
         outer = model["params"] if "params" in model else model["init_args"]
         inner = outer["first_stage_config"]["params"] if "first_stage_config" in outer else outer
         options = outer | inner | inner["ddconfig"]
-    except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no YAML file with `ddconfig` in `model.params` (VQGAN, latent diffusion) or `model.init_args` "
-            f"(PQGAN): {error!r}"
+            f"{path} has no `ddconfig` in `model.params` (VQGAN, latent diffusion) or `model.init_args` (PQGAN)."
         ) from error
     _check_options(path, options)
     for name, supported in _FIXED_OPTIONS.items():
@@ -324,8 +329,6 @@ def _image_statistics(options: dict[str, Any], is_authors: bool) -> tuple[list[f
 
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"No such checkpoint: {path}")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except Exception as error:  # a damaged file can raise anything

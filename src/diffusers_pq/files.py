@@ -20,6 +20,7 @@ def check_output(path: str | os.PathLike, *inputs: str | os.PathLike):
     if path.is_symlink():
         raise ValueError(f"The output {path} is a link, which would be replaced: name the file it leads to.")
     if not path.exists():
+        check_output_folder(path.parent)
         return
     if path.is_dir():
         raise ValueError(f"The output {path} is a folder: name a file.")
@@ -27,6 +28,13 @@ def check_output(path: str | os.PathLike, *inputs: str | os.PathLike):
         raise ValueError(f"The output {path} is no regular file, and would be replaced: name another one.")
     if any(os.path.exists(other) and path.samefile(other) for other in inputs):
         raise ValueError(f"The output {path} is the input, which would be overwritten: name another file.")
+
+
+def check_output_folder(path: str | os.PathLike):
+    """Raise a `ValueError` if a folder is neither there nor can be made, since a part of its path is a file."""
+    found = next(part for part in (Path(path), *Path(path).parents) if part.exists())
+    if not found.is_dir():
+        raise ValueError(f"The output folder {path} cannot be made, since {found} is a file: name another folder.")
 
 
 @contextmanager
@@ -92,8 +100,10 @@ def folder_or_hub(source: str | os.PathLike) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: on an `OSError` within, if there is no such folder; says so first.
+        ValueError: if a configuration in the folder is no JSON object; the message names the file.
     """
     if Path(source).exists():
+        _check_configs(Path(source))
         yield
         return
     is_offline = constants.HF_HUB_OFFLINE
@@ -106,6 +116,14 @@ def folder_or_hub(source: str | os.PathLike) -> Iterator[None]:
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = is_offline
+
+
+def _check_configs(folder: Path):
+    """diffusers passes on what it reads, and fails far away if it is a list or a number."""
+    for name in ("config.json", "model_index.json", "scheduler_config.json"):
+        for path in (folder / name, *folder.glob(f"*/{name}")):
+            if path.is_file():
+                read_json(path, dict)
 
 
 def hub_is_reachable() -> bool:

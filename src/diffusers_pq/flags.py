@@ -64,6 +64,17 @@ SEED = number(int, minimum=0, maximum=2**32 - 1)
 SCALE = number(float, minimum=0)
 
 
+def output_folder(text: str) -> Path:
+    """The type of flags that name a folder to write to, which may not exist yet."""
+    from .files import check_output_folder  # which imports more than `--help` needs
+
+    try:
+        check_output_folder(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 class FlagParser(argparse.ArgumentParser):
     """A parser whose `--help` shows the defaults of all flags, and whose errors are one line."""
 

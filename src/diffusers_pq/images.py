@@ -8,7 +8,7 @@ import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 
-from .files import replacing
+from .files import check_output, replacing
 
 
 def load_image(path: str | os.PathLike, max_pixels: int | None = None) -> PIL.Image.Image:
@@ -98,6 +98,17 @@ def pad_to_multiple(images: torch.Tensor, factor: int) -> torch.Tensor:
     """Repeat the last row and column of `[B, C, H, W]` until both sides are multiples of `factor`."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % factor, 0, -height % factor), mode="replicate")
+
+
+def check_picture_output(path: str | os.PathLike, *inputs: str | os.PathLike):
+    """[`~diffusers_pq.files.check_output`] of a picture, whose format follows the suffix of `path`."""
+    check_output(path, *inputs)
+    PIL.Image.init()
+    suffix = os.path.splitext(path)[1].lower()
+    if PIL.Image.registered_extensions().get(suffix) not in PIL.Image.SAVE:
+        raise ValueError(
+            f"The output {path} must end in the suffix of a format that Pillow can write, such as .png, .jpg or .webp."
+        )
 
 
 def save_image(picture: PIL.Image.Image, path: str | os.PathLike):

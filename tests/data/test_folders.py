@@ -157,3 +157,36 @@ def test_a_dataset_folder_with_a_card_or_shards_is_left_to_datasets(folder):
     assert PictureFolder(path).is_dataset_of_pictures()
     (path / "README.md").write_text("---\nconfigs: []\n---\n")
     assert not PictureFolder(path).is_dataset_of_pictures()
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": \n', "JSON parse error"),
+        ("metadata.jsonl", b"[1, 2]\n", "JSON parse error"),
+        ("metadata.jsonl", b'{"name": "a.png"}\n', "`file_name`"),
+        ("metadata.jsonl", b'{"file_name": 7}\n', "`file_name`"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "caf\xe9"}\n', "utf-8"),
+        ("metadata.jsonl", b"\n\n", "no rows"),
+        ("metadata.csv", b"file_name,text\n", "no rows"),
+        ("metadata.parquet", b"text", "Parquet"),
+    ],
+)
+def test_metadata_that_cannot_be_read_are_named(name, content, reason, folder):
+    path = folder("a.png", "good/b.png", good=[("b.png", "b")])
+    (path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path / name} cannot be read as metadata of pictures: .*{reason}"):
+        load(path)
+
+
+def test_an_empty_metadata_file_says_nothing_of_the_pictures(folder):
+    path = folder("a.png")
+    (path / "metadata.jsonl").touch()
+    assert names(load(path), path) == ["a.png"]
+    with pytest.raises(ValueError, match="no column 'text'"):
+        load(path, "train", "text")
+
+
+def test_pictures_that_are_listed_but_not_there_are_warned_of(folder, caplog):
+    load(folder("a.png", top=[("a.png", "a"), ("b.png", "b")]), "train", "text")
+    assert "listed by metadata, but not there: 1 pictures, b.png" in caplog.text

@@ -55,7 +55,8 @@ class PictureFolder:
 
     @property
     def metadata(self) -> list[str]:
-        return [file for file in self.files if os.path.basename(file) in _METADATA]
+        """Files that say something of the pictures beside and below them."""
+        return [file for file in self.files if os.path.basename(file) in _METADATA and os.path.getsize(file)]
 
     @property
     def archives(self) -> list[str]:
@@ -130,13 +131,14 @@ class PictureFolder:
         # A part for each file: within a part, the order of files would change from process to process. They are read
         # for all splits, since one at the top may list the pictures of several.
         files = {f"part{number:06d}": [glob.escape(file)] for number, file in enumerate(self.metadata)}
-        parts = datasets.load_dataset("imagefolder", data_files=files, cache_dir=cache_dir)
+        parts = _read_metadata(files, cache_dir)
         rows = datasets.concatenate_datasets([parts[name] for name in files if name in parts])
         if image_column not in rows.column_names:
             return rows
         images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
         paths = [value["path"] if value else None for value in images[image_column]]
         rows = rows.select([n for n, path in enumerate(paths) if (self.split_of(path) if path else "train") == split])
+        self._warn_of_absent(set(paths) - {None})
         unlisted = sorted(set(pictures) - set(paths))
         if not unlisted:
             return rows
@@ -150,11 +152,32 @@ class PictureFolder:
         rest = datasets.Dataset.from_dict({image_column: unlisted}, features=rows.features)
         return datasets.concatenate_datasets([rows, rest])
 
+    def _warn_of_absent(self, listed: set[str]):
+        absent = sorted(os.path.relpath(path, os.path.abspath(self.path)) for path in listed - set(self.files))
+        if absent:
+            number, names = len(absent), ", ".join(absent[:3])
+            logger.warning(
+                "%s: listed in metadata files, but not there: %d pictures, %s, ...", self.path, number, names
+            )
+
     def _with_archives(self, split, cache_dir) -> datasets.Dataset | None:
         files = {}
         for file in self.files:
             files.setdefault(self.split_of(file), []).append(glob.escape(file))
         return datasets.load_dataset("imagefolder", data_files=files, cache_dir=cache_dir).get(split)
+
+
+def _read_metadata(files: dict[str, list[str]], cache_dir: str | None) -> datasets.DatasetDict:
+    """The rows of metadata files with their pictures; a `ValueError` names the first that cannot be read."""
+    try:
+        return datasets.load_dataset("imagefolder", data_files=files, cache_dir=cache_dir)
+    except Exception as error:  # anything, of a damaged file
+        if len(files) > 1:
+            for name, file in files.items():
+                _read_metadata({name: file}, cache_dir)
+        (file,) = next(iter(files.values()))
+        reason = "it has no rows" if isinstance(error, IndexError) else error.__cause__ or error
+        raise ValueError(f"{file} cannot be read as metadata of pictures: {reason}") from error
 
 
 def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import argparse
 
 from ..data.pictures import INTERPOLATION_MODES
-from ..flags import COUNT, COUNT_OR_NONE, SCALE, SEED, FlagParser, number
+from ..flags import COUNT, COUNT_OR_NONE, SCALE, SEED, FlagParser, number, output_folder
 from ..metrics import DEFAULT_METRICS, METRICS
 from .reconstruction import PROTOCOLS, RESIZE_MODES
 from .systems import KNOWN, references_table, systems_table
@@ -71,7 +71,9 @@ def parse_reconstruction_args(argv: list[str] | None = None, description: str | 
         "--dataloader_num_workers", type=COUNT_OR_NONE, default=4, help="processes that read pictures, per process"
     )
     run.add_argument("--checkpointing_steps", type=COUNT, default=50, help="batches between two savings")
-    run.add_argument("--output_dir", default="evaluation", help="folder of the results and of unfinished work")
+    run.add_argument(
+        "--output_dir", type=output_folder, default="evaluation", help="folder of the results and of unfinished work"
+    )
     parser.set_defaults(inception_antialias=False)
     args = parser.parse_args(argv)
     if args.protocol is not None:
@@ -107,7 +109,9 @@ def parse_generation_args(argv: list[str] | None = None, description: str | None
     data.add_argument(
         "--dataloader_num_workers", type=COUNT_OR_NONE, default=4, help="processes that read pictures, per process"
     )
-    parser.add_argument("--output_dir", default="generation", help="folder of the results and of unfinished work")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default="generation", help="folder of the results and of unfinished work"
+    )
     return parser.parse_args(argv)
 
 

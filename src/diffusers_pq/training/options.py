@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..data.pictures import INTERPOLATION_MODES, RESIZE_MODES, PictureSource
+from ..files import check_output_folder
 from ..flags import Command, Options, as_flag, changed_on_resuming, flag, with_default
 
 
@@ -209,6 +210,10 @@ class RunOptions(Options):
     )
 
     def check(self):
+        try:
+            check_output_folder(self.output_dir)
+        except ValueError as error:
+            raise ValueError(f"--output_dir: {error}") from None
         if self.overwrite_output_dir and self.resume_from_checkpoint not in (None, "none"):
             raise ValueError(
                 "--overwrite_output_dir starts anew, but --resume_from_checkpoint "
