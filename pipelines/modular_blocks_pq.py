@@ -238,7 +238,7 @@ class ZImagePQBlocks(PQBlocksMixin, ZImageAutoBlocks, SequentialPipelineBlocks):
 def _pq_model(components):
     vae = components.vae
     if vae is None or not hasattr(vae, "unscale_latents"):
-        found = "is missing" if vae is None else f"is a {type(vae).__name__}"
+        found = "is missing" if vae is None else f"is of class {type(vae).__name__}"
         raise TypeError(
             f"`vae` must be a PQModel, but {found}: load it with `load_components(trust_remote_code=True)` or give it "
             "to `update_components(vae=...)`."

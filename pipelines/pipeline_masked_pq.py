@@ -285,7 +285,7 @@ class MaskedPQPipeline(ClassLabelsMixin, ImportedByCodeMixin, DiffusionPipeline)
 
 def _check_components(vae, transformer, scheduler, text_encoder, tokenizer):
     if not isinstance(vae, PQModel):
-        raise TypeError(f"`vae` must be a PQModel, whose codes are generated, but is a {type(vae).__name__}.")
+        raise TypeError(f"`vae` must be a PQModel, whose codes are generated, but is of class {type(vae).__name__}.")
     for name in ("num_subspaces", "codebook_size"):
         own, other = transformer.config[name], vae.config[name]
         if own != other:

@@ -172,8 +172,8 @@ class PQLatentsMixin(ImportedByCodeMixin):
         # A component may be None (loaded later), or a list of class names while `from_pretrained` is at work.
         if isinstance(vae, torch.nn.Module) and not isinstance(_original(vae), PQModel):
             raise TypeError(
-                f"`vae` must be a PQModel, but is a {type(vae).__name__}. A plain pipeline becomes a starting point "
-                f"by `{self._starting_point}(..., vae=pq_model)`."
+                f"`vae` must be a PQModel, but is of class {type(vae).__name__}. A plain pipeline becomes a starting "
+                f"point by `{self._starting_point}(..., vae=pq_model)`."
             )
         if not isinstance(vae, torch.nn.Module) or not isinstance(denoiser, torch.nn.Module):
             return

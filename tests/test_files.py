@@ -150,3 +150,14 @@ def test_an_output_folder_that_a_file_is_in_the_way_of_is_refused(place, tmp_pat
     check_output_folder(tmp_path / "new" / "folder")
     with pytest.raises(ValueError, match="file is a file"):
         check_output(tmp_path / "file" / "picture.png")
+
+
+def test_a_folder_that_is_given_for_a_json_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder: name a JSON file"):
+        read_json(tmp_path)
+
+
+def test_a_pipeline_that_is_given_for_an_autoencoder_says_where_that_is(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(OSError, match=f"{tmp_path} holds a pipeline: name the autoencoder in it, {tmp_path / 'vae'}"):
+        load_autoencoder(str(tmp_path))

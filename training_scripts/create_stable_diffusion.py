@@ -49,6 +49,8 @@ def main(args):
     if rows is None:
         raise ValueError("The dataset has no `train` split.")
     captions = [caption for value in rows[column] for caption in caption_texts(value, column)]
+    if not any(captions):
+        raise ValueError(f"The column {column!r} holds no captions to fit a tokenizer to.")
     tokenizer = train_clip_tokenizer(captions, args.vocab_size, args.max_length)
     configs = (read_json(args.config_dir / f"{name}.json") for name in ("unet", "text_encoder"))
     vae = load_autoencoder(args.vae_name_or_path)

@@ -28,13 +28,18 @@ def autoencoder_class(path_or_repo: str, **hub_kwargs) -> type:
     The class named in a model's `config.json`.
 
     Raises:
+        OSError: if there is no such file; of a pipeline's folder, names the model in it.
         ValueError: if it is not one of `AUTOENCODERS`.
     """
+    if os.path.isfile(os.path.join(path_or_repo, "model_index.json")) and not hub_kwargs.get("subfolder"):
+        raise OSError(
+            f"{path_or_repo} holds a pipeline: name the autoencoder in it, {os.path.join(path_or_repo, 'vae')}."
+        )
     with folder_or_hub(path_or_repo):
         config = PQModel.load_config(path_or_repo, **hub_kwargs)
     name = config.get("_class_name")
     if name not in AUTOENCODERS:
-        raise ValueError(f"{path_or_repo} holds a {name!r} in its config.json; known are {', '.join(AUTOENCODERS)}.")
+        raise ValueError(f"{path_or_repo} holds {name!r} in its config.json; known are {', '.join(AUTOENCODERS)}.")
     return AUTOENCODERS[name]
 
 
@@ -83,7 +88,7 @@ def load_pq_model(path_or_repo: str, **hub_kwargs) -> PQModel:
     """[`load_autoencoder`] for a model that must have codes; a `ValueError` names another class."""
     model = load_autoencoder(path_or_repo, **hub_kwargs)
     if not isinstance(model, PQModel):
-        raise ValueError(f"{path_or_repo} holds a {type(model).__name__}, which has no codes. Give a PQModel.")
+        raise ValueError(f"{path_or_repo} holds {type(model).__name__}, which has no codes. Give a PQModel.")
     return model
 
 

@@ -187,7 +187,9 @@ def _check_size(model: PQModel, width: int, height: int, num_bytes: int):
 
 def _check_model(model: torch.nn.Module):
     if not isinstance(model, PQModel):
-        raise TypeError(f"Only a PQModel has codes to compress a picture to, but `model` is a {type(model).__name__}.")
+        raise TypeError(
+            f"Only a PQModel has codes to compress a picture to, but `model` is of class {type(model).__name__}."
+        )
 
 
 def _check_integrity(data: bytes):

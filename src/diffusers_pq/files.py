@@ -85,6 +85,8 @@ def read_json(path: str | os.PathLike, kind: type = object) -> Any:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing.") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder: name a JSON file.") from None
     except ValueError as error:
         raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(value, kind):

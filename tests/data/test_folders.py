@@ -189,4 +189,4 @@ def test_an_empty_metadata_file_says_nothing_of_the_pictures(folder):
 
 def test_pictures_that_are_listed_but_not_there_are_warned_of(folder, caplog):
     load(folder("a.png", top=[("a.png", "a"), ("b.png", "b")]), "train", "text")
-    assert "listed by metadata, but not there: 1 pictures, b.png" in caplog.text
+    assert "listed, but not there: 1 pictures, b.png" in caplog.text

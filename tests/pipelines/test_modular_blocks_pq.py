@@ -157,7 +157,7 @@ def test_blocks_resolve_the_workflows_of_their_family():
 
 
 def test_bad_input_is_named(vae):
-    with pytest.raises(TypeError, match="`vae` must be a PQModel, but is a AutoencoderKL"):
+    with pytest.raises(TypeError, match="`vae` must be a PQModel, but is of class AutoencoderKL"):
         one_step(PQDecodeStep(), tiny_kl())(latents=torch.zeros(1, 4, 2, 2))
     with pytest.raises(TypeError, match="`vae` must be a PQModel, but is missing: load it with `load_components"):
         SequentialPipelineBlocks.from_blocks_dict({"step": PQEncodeStep()}).init_pipeline()(image=torch.zeros(3, 8, 8))

@@ -106,7 +106,7 @@ def test_wrong_sizes_and_channels_are_refused(pipeline):
         StableDiffusionPQPipeline(
             pipeline.vae, None, None, tiny_unet(4), DDIMScheduler(), None, None, requires_safety_checker=False
         )
-    with pytest.raises(TypeError, match="`vae` must be a PQModel, but is a AutoencoderKL"):
+    with pytest.raises(TypeError, match="`vae` must be a PQModel, but is of class AutoencoderKL"):
         StableDiffusionPQPipeline(
             AutoencoderKL(norm_num_groups=4, block_out_channels=(8,)), unet=tiny_unet(4), **SCHEDULER, **NOTHING_ELSE
         )

@@ -503,7 +503,7 @@ def test_prompts_without_tokens_are_refused(text_to_image):
 def test_a_folder_without_pq_parts_is_refused(components, tmp_path):
     kl = diffusers.AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=8)
     StableDiffusionPipeline(**components | {"vae": kl}).save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="`vae` must be a PQModel, but is a AutoencoderKL"):
+    with pytest.raises(TypeError, match="`vae` must be a PQModel, but is of class AutoencoderKL"):
         StableDiffusionPQPipeline.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="model_index.json"):
         StableDiffusionPQPipeline.from_pretrained(tmp_path / "vae")

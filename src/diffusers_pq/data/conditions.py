@@ -87,7 +87,7 @@ class ClassLabels:
             )
         if generator.random() < self.proportion_empty_labels:
             label = len(self.names)
-        return torch.tensor(label)
+        return torch.tensor(int(label))  # a column of True and False is one of 1 and 0
 
 
 def class_names(
@@ -103,8 +103,8 @@ def class_names(
             the column's strings in alphabetical order; or the numbers up to its largest.
 
     Raises:
-        ValueError: if the file names a class twice and the column may hold names, or a stream's column does not say
-            what classes there are, or labels are negative or absurdly large.
+        ValueError: if the file cannot be read, or names a class twice while the column may hold names; if a stream's
+            column does not say what classes there are; or if labels are negative or absurdly large.
     """
     feature = dataset.features[label_column]
     dtype = getattr(feature, "dtype", "list")
@@ -114,7 +114,7 @@ def class_names(
             "one with `--label_column`, or cast it."
         )
     if names_file is not None:
-        names = Path(names_file).read_text(encoding="utf-8").splitlines()
+        names = _read_names(names_file)
         # ImageNet's usual names have two of "crane" and "maillot": no harm where the rows hold numbers.
         is_number = "int" in dtype
         if len(set(names)) < len(names) and not is_number:
@@ -138,3 +138,21 @@ def class_names(
             )
         return [str(label) for label in range(max(values) + 1)]
     return sorted(values)
+
+
+def _read_names(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"`--class_names_file` {path} cannot be read as text in UTF-8: {error}") from error
+
+
+def check_condition_column(dataset: datasets.Dataset, column: str):
+    """Raise a `ValueError` if a column can hold neither captions, as texts or lists of texts, nor classes."""
+    feature = dataset.features[column]
+    kind = getattr(getattr(feature, "feature", feature), "dtype", None)
+    if kind not in _LABEL_TYPES | {"null"}:
+        raise ValueError(
+            f"The column {column!r} must hold captions (texts, or lists of texts) or classes (whole numbers or "
+            f"strings), but holds {feature}."
+        )

@@ -155,10 +155,8 @@ class PictureFolder:
     def _warn_of_absent(self, listed: set[str]):
         absent = sorted(os.path.relpath(path, os.path.abspath(self.path)) for path in listed - set(self.files))
         if absent:
-            number, names = len(absent), ", ".join(absent[:3])
-            logger.warning(
-                "%s: listed in metadata files, but not there: %d pictures, %s, ...", self.path, number, names
-            )
+            names = ", ".join(absent[:3])
+            logger.warning("%s: listed, but not there: %d pictures, %s, ...", self.path, len(absent), names)
 
     def _with_archives(self, split, cache_dir) -> datasets.Dataset | None:
         files = {}

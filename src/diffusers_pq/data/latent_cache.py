@@ -17,10 +17,10 @@ from ..autoencoders import weights_digest
 from ..files import read_json, replacing, write_json
 from ..models.autoencoder_pq import PQModel
 from ..models.quantizer import bits_per_code
-from .conditions import ClassLabels, Prompts
+from .conditions import ClassLabels, Prompts, check_condition_column
 from .fingerprints import fingerprint_rows
 from .loaders import BadImages
-from .pictures import BadImageError, Crops
+from .pictures import NO_USABLE_PICTURE, BadImageError, Crops
 
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,17 @@ def encode_dataset(
         `dict[str, int]`: Shards `written` by this process and pictures it `skipped` because they were bad.
 
     Raises:
-        ValueError: if the folder holds codes of another model, of other crops, or of other pictures or captions.
+        ValueError: if the folder holds codes of another model, of other crops, or of other pictures or captions; if
+            no picture can be used, the model cannot encode such crops, or the column is one of neither captions nor
+            classes.
     """
+    factor = vae.downsampling_factor
+    if crops.resolution % factor:
+        raise ValueError(
+            f"--resolution: {crops.resolution} must be a multiple of the downsampling factor F = {factor}."
+        )
+    check_condition_column(dataset, condition_column)
+    _check_pictures(dataset, crops)
     folder = Path(output_dir) / str(crops.resolution)
     index = _index(vae, crops.resolution) | {"rows": len(dataset), "rows_per_shard": rows_per_shard}
     settings = "resize_mode", "image_interpolation_mode", "center_crop", "random_flip", "min_image_side"
@@ -98,6 +107,17 @@ def encode_dataset(
             shard.to_parquet(unfinished)
         written += 1
     return {"written": written, "skipped": int(bad_images.counts.sum())}
+
+
+def _check_pictures(dataset, crops):
+    last = "there is none"
+    for row in dataset:
+        try:
+            crops(row, random.Random(0))
+            return
+        except BadImageError as error:
+            last = error
+    raise ValueError(f"{NO_USABLE_PICTURE}{last}.")
 
 
 def _encode_shard(vae, rows, first, crops, condition_column, batch_size, bad_images) -> datasets.Dataset:

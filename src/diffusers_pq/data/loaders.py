@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from .pictures import BadImageError
+from .pictures import NO_USABLE_PICTURE, BadImageError
 
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,6 @@ logger = logging.getLogger(__name__)
 _SHARD_ERRORS = (OSError, EOFError, pyarrow.ArrowException, tarfile.TarError)
 # Of these the operating system's that say nothing about the file.
 _NOT_DAMAGE = (ConnectionError, TimeoutError, PermissionError)
-_NO_IMAGES = (
-    "The dataset has no picture that can be used: all are damaged, or smaller than `--min_image_side`, which is the "
-    "resolution unless it is given. The last one: "
-)
 
 
 class BadImages:
@@ -95,7 +91,7 @@ class SeededDataset(Dataset):
             except BadImageError as error:
                 self.bad_images.handle(error)
                 last = error
-        raise ValueError(f"{_NO_IMAGES}{last}.")
+        raise ValueError(f"{NO_USABLE_PICTURE}{last}.")
 
 
 class EpochSampler(Sampler):
@@ -265,7 +261,7 @@ class SeededStream(IterableDataset):
                         yield item
                 self._position = {"epoch": epoch, "shard": end[0], "row": end[1] + 1, "used": 0}
             if not found:
-                raise ValueError(f"{_NO_IMAGES}{self._last_error}.")
+                raise ValueError(f"{NO_USABLE_PICTURE}{self._last_error}.")
             found = False
             self._position = {"epoch": epoch + 1, "shard": 0, "row": 0, "used": 0}
 

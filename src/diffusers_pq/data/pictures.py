@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 
 RESIZE_MODES = ("native", "short_side", "stretch")
 INTERPOLATION_MODES = ("bicubic", "bilinear", "box", "lanczos")
+# What follows is why the last one cannot be used.
+NO_USABLE_PICTURE = (
+    "The dataset has no picture that can be used: all are damaged, or smaller than `--min_image_side`, which is the "
+    "resolution unless it is given. The last one: "
+)
 
 
 class BadImageError(ValueError):

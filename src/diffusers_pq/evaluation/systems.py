@@ -351,9 +351,7 @@ def load_pretrained(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Modu
         return load_autoencoder(pretrained_model_name_or_path, **hub_kwargs)
     model_class = getattr(diffusers, str(class_name), None)
     if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
-        raise ValueError(
-            f"{pretrained_model_name_or_path} holds a {class_name}, which is no autoencoder of diffusers."
-        )
+        raise ValueError(f"{pretrained_model_name_or_path} holds {class_name}, which is no autoencoder of diffusers.")
     model, info = model_class.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **hub_kwargs)
     if info["missing_keys"]:
         raise ValueError(f"The weights of {pretrained_model_name_or_path} lack {info['missing_keys']}.")

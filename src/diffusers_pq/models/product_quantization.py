@@ -164,7 +164,7 @@ def product_quantize(
         ValueError: if S does not divide d, or the pictures give fewer than K latent pixels.
     """
     if hasattr(vae, "quantize"):
-        raise TypeError(f"`vae` must be an autoencoder without a quantiser, but is a {type(vae).__name__}.")
+        raise TypeError(f"`vae` must be an autoencoder without a quantiser, but is of class {type(vae).__name__}.")
     vae = vae.eval()
     factor, channels = _measure_latents(vae)
     model = QuantizedAutoencoder(
@@ -217,7 +217,9 @@ def _measure_latents(vae: ModelMixin) -> tuple[int, int]:
         probe = torch.zeros(1, 3, _PROBE_SIDE, _PROBE_SIDE, device=parameter.device, dtype=parameter.dtype)
         latents = _encode(vae, probe)
     except (AttributeError, RuntimeError, StopIteration, TypeError) as error:
-        raise TypeError(f"`vae` must be an autoencoder of RGB pictures, but is a {type(vae).__name__}.") from error
+        raise TypeError(
+            f"`vae` must be an autoencoder of RGB pictures, but is of class {type(vae).__name__}."
+        ) from error
     # A RAE stretches pictures to one size; its decoder gives patches of another.
     side = vae.config.patch_size * latents.shape[-1] if _is_rae(vae) else _PROBE_SIDE
     return side // latents.shape[-1], latents.shape[1]
