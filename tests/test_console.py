@@ -169,7 +169,7 @@ def test_a_device_that_can_be_used_is_returned():
 
 @pytest.mark.parametrize("command", ["reconstruct", "compress", "decompress"])
 def test_a_command_names_a_bad_device_before_anything_else(command, capsys):
-    arguments = [command, "absent.png", "--model", "absent", "--output", "absent", "--device", "gpu"]
+    arguments = [command, "absent.png", "--model", "absent", "--output", "new.png", "--device", "gpu"]
     assert cli.main(arguments) == 1
     assert "There is no device 'gpu'" in capsys.readouterr().err
 
