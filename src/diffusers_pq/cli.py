@@ -94,7 +94,7 @@ def _build_parser() -> FlagParser:
         "save-modular", help="save a pipeline as a modular one, which diffusers loads without diffusers_pq"
     )
     modular.add_argument("pipeline", help="folder or Hub repository of a PQ pipeline of Stable Diffusion XL or 3")
-    modular.add_argument("output", type=Path, help="folder to write; must not exist")
+    modular.add_argument("output", type=output_folder, help="folder to write; must not exist")
     modular.add_argument("--repo-id", help="org/name to which the folder will be uploaded; its index names it")
     modular.set_defaults(run=_save_modular)
 

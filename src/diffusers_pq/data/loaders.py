@@ -152,7 +152,7 @@ class GroupBatchSampler(Sampler):
         num_processes: int = 1,
     ):
         if all(group is None for group in groups):
-            raise ValueError(f"{_NO_IMAGES}see the warnings above.")
+            raise ValueError(f"{NO_USABLE_PICTURE}see the warnings above.")
         self.groups = groups
         self.batch_size = batch_size
         self.seed = seed
