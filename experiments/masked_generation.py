@@ -37,7 +37,7 @@ from diffusers_pq.data.pictures import ConditionedCrops, Crops, PictureSource
 from diffusers_pq.evaluation.code_length import bits_per_code
 from diffusers_pq.evaluation.generation import Sampling, draw_samples
 from diffusers_pq.files import read_json, replacing, write_json
-from diffusers_pq.flags import COUNT, SCALE, SEED, FlagParser
+from diffusers_pq.flags import COUNT, SCALE, SEED, FlagParser, output_folder
 from diffusers_pq.images import load_image, to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import load_fd_efficientnet_lite0
@@ -139,7 +139,7 @@ def parse_args(argv=None):
         "--runs_dir", type=Path, default=ROOT / "runs" / "masked_generation", help="folder of the trainings"
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=ROOT / "experiments" / "results", help="folder of the results"
+        "--output_dir", type=output_folder, default=ROOT / "experiments" / "results", help="folder of the results"
     )
     return parser.parse_args(argv)
 
