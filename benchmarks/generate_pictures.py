@@ -21,8 +21,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.devices import usable_device
-from diffusers_pq.flags import COUNT, SCALE, SEED, FlagParser, named
+from diffusers_pq.flags import COUNT, DTYPES, SCALE, SEED, FlagParser, device, named
 
 
 def parse_args(argv=None):
@@ -37,10 +36,8 @@ def parse_args(argv=None):
     parser.add_argument("--height", type=COUNT, help="height of the pictures, in pixels; default: the pipeline's")
     parser.add_argument("--width", type=COUNT, help="width of the pictures, in pixels; default: the pipeline's")
     parser.add_argument("--seed", type=SEED, default=0, help="seed of the noise")
-    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision of the models"
-    )
+    parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/demo/generated.png"), help="file of the grid, reduced"
     )
@@ -95,7 +92,6 @@ def save_pictures(pictures, folder):
 
 
 def main(args):
-    usable_device(args.device)
     pictures = {name: paint(source, args) for name, source in args.models}
     if args.pictures_dir:
         save_pictures(pictures, args.pictures_dir)

@@ -21,9 +21,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from diffusers_pq import PQModel, widen_unet
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.devices import usable_device
 from diffusers_pq.files import replacing, write_json
-from diffusers_pq.flags import COUNT, FlagParser, output_folder
+from diffusers_pq.flags import COUNT, DTYPES, FlagParser, device, output_folder
 from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
 
 
@@ -114,8 +113,8 @@ def parse_args(argv=None):
         help="how the networks are run; default: eager on a CPU, all on a GPU",
     )
     parser.add_argument("--steps", type=COUNT, default=2, help="steps that are timed; the median counts")
-    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
-    parser.add_argument("--dtype", default="float32", help="precision of the models")
+    parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models")
     parser.add_argument("--small", action="store_true", help="take tiny networks and pictures, to try the command")
     parser.add_argument(
         "--output_dir", type=output_folder, help="folder of the results; default: benchmarks/results/ and the device"
@@ -259,7 +258,6 @@ def plot(rows, num_inference_steps, machine, path):
 
 
 def main(args):
-    usable_device(args.device)
     torch.manual_seed(0)
     folder = args.output_dir or results_folder("benchmarks/results", args.device)
     today = datetime.date.today().isoformat()

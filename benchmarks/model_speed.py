@@ -20,9 +20,8 @@ from tqdm import tqdm
 from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.devices import usable_device
 from diffusers_pq.files import read_json, write_json
-from diffusers_pq.flags import COUNT, FlagParser, output_folder
+from diffusers_pq.flags import COUNT, DTYPES, FlagParser, device, output_folder
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
 from diffusers_pq.metrics import psnr
@@ -56,8 +55,8 @@ def parse_args(argv=None):
         "--modes", nargs="+", choices=MODES, help="how the models are run; default: eager on a CPU, all on a GPU"
     )
     parser.add_argument("--repeats", type=COUNT, default=3, help="measurements, of which the median counts")
-    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
-    parser.add_argument("--dtype", default="float32", help="precision of the models")
+    parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models")
     parser.add_argument(
         "--tiling_model",
         default="model_cards/pqgan-mini-f8-pq",
@@ -133,7 +132,6 @@ def save_row(path, row, key):
 
 
 def main(args):
-    usable_device(args.device)
     folder = args.output_dir or results_folder("benchmarks/results", args.device)
     where = {
         "date": datetime.date.today().isoformat(),

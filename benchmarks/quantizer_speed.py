@@ -19,9 +19,8 @@ import torch
 
 from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.devices import usable_device
 from diffusers_pq.files import replacing, write_json
-from diffusers_pq.flags import COUNT, FlagParser, output_folder
+from diffusers_pq.flags import COUNT, DTYPES, FlagParser, device, output_folder
 from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
 from diffusers_pq.models import search
 
@@ -36,7 +35,7 @@ SMALL = {"layers_per_block": 1, "mid_block_add_attention": False}
 
 def parse_args(argv=None):
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
     parser.add_argument("--threads", type=COUNT, default=torch.get_num_threads(), help="threads on a CPU")
     parser.add_argument("--repeats", type=COUNT, default=15, help="measurements, of which the median counts")
     parser.add_argument("--sizes", nargs="+", type=COUNT, default=SIZES, help="numbers of latent pixels N")
@@ -45,7 +44,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--batch_sizes", nargs="+", type=COUNT, default=[1], help="pictures in a reconstruction")
     parser.add_argument("--pixels", type=COUNT, default=256, help="side of these pictures, in pixels")
-    parser.add_argument("--dtype", default="float32", help="precision of the models")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models")
     parser.add_argument(
         "--models",
         nargs="*",
@@ -219,7 +218,6 @@ def draw(rows, path):
 
 
 def main(args):
-    usable_device(args.device)
     torch.set_num_threads(args.threads)
     folder = args.output_dir or results_folder("benchmarks/results", args.device)
     where = {"date": datetime.date.today().isoformat(), "machine": describe_machine(args.device)}

@@ -21,7 +21,7 @@ from diffusers_pq.console import one_line_errors
 from diffusers_pq.evaluation.systems import load_for_evaluation
 from diffusers_pq.figures import draw_reconstructions, most_different_box
 from diffusers_pq.files import replacing, write_json
-from diffusers_pq.flags import COUNT, SCALE, FlagParser, named, output_folder
+from diffusers_pq.flags import COUNT, SCALE, FlagParser, device, named, output_folder
 from diffusers_pq.images import load_image
 from diffusers_pq.measuring import describe_machine, results_folder
 from diffusers_pq.metrics import pooled_psnr
@@ -55,7 +55,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output_dir", type=output_folder, help="folder of the results; default: benchmarks/results/ and the device"
     )
-    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
     args = parser.parse_args(argv)
     try:
         args.crops = {name: tuple(map(int, corner.split(","))) for name, corner in (c.split("=") for c in args.crops)}

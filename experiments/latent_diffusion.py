@@ -100,6 +100,9 @@ def parse_args(argv=None):
     )
     args = parser.parse_args(argv)
     args.runs = {name: Path(folder) for name, folder in args.runs}
+    for name, folder in args.runs.items():
+        if not folder.is_dir():
+            parser.error(f"--runs {name}={folder}: there is no such folder")
     return args
 
 

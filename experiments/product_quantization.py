@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
 from tqdm import tqdm
 
 from diffusers_pq import product_quantize
@@ -162,6 +162,8 @@ def measure_denoisers(pictures, args):
 def main(args):
     start = time.perf_counter()
     vae = load_autoencoder(args.model)
+    if not isinstance(vae, AutoencoderKL):
+        raise ValueError(f"--model {args.model} must be an AutoencoderKL, but is of class {type(vae).__name__}.")
     pictures = load_pictures(2 ** (len(vae.config.block_out_channels) - 1))
     settings = [
         (subspaces, size, rotation)

@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.devices import usable_device
 from diffusers_pq.files import write_json
-from diffusers_pq.flags import COUNT, FlagParser, output_folder
+from diffusers_pq.flags import COUNT, FlagParser, device, output_folder
 from diffusers_pq.measuring import describe_machine, measure_seconds, results_folder
 from diffusers_pq.models import search
 
@@ -40,7 +39,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--pixels", type=COUNT, default=256, help="side of the pictures, in pixels")
     parser.add_argument("--repeats", type=COUNT, default=5, help="measurements, of which the median counts")
-    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
     parser.add_argument(
         "--output_dir", type=output_folder, help="folder of the results; default: experiments/results/ and the device"
     )
@@ -68,7 +67,6 @@ def measure_quantizer(configuration, latents, args):
 
 
 def main(args):
-    usable_device(args.device)
     folder = args.output_dir or results_folder("experiments/results", args.device)
     search._COMPILE_AFTER = 0
     configurations = grid(args.latent_channels, args.num_subspaces, args.codebook_size)

@@ -28,9 +28,8 @@ from tqdm import tqdm
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.compression import compress_picture, decompress_picture
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.devices import usable_device
 from diffusers_pq.evaluation.reconstruction import EvaluationData
-from diffusers_pq.flags import FlagParser, number, output_folder
+from diffusers_pq.flags import FlagParser, device, number, output_folder
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import CodebookUsage, pooled_psnr, psnr, ssim
@@ -63,7 +62,7 @@ def parse_args(argv=None):
         default=list(QUALITIES),
         help="quality settings of JPEG, WebP and AVIF",
     )
-    parser.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
     parser.add_argument(
         "--output_dir", type=output_folder, default=Path("experiments/results"), help="folder of the results"
     )
@@ -168,7 +167,6 @@ def draw(record, path):
 
 
 def main(args):
-    usable_device(args.device)
     photographs = load_photographs()
     available = [name for name in CODECS if is_available(name)]
     record = {

@@ -58,7 +58,12 @@ def parse_args(argv=None):
     parser.add_argument("--resolution", type=COUNT, default=128, help="side of the pictures, in pixels")
     parser.add_argument("--batch_size", type=COUNT, default=4, help="pictures at once")
     parser.add_argument("--repeats", type=COUNT, default=7, help="measurements, of which the median counts")
-    parser.add_argument("--mixed_precision", default="no", help="precision of the forward pass, such as bf16")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        default="no",
+        help="precision of the forward pass, such as bf16",
+    )
     parser.add_argument(
         "--output_dir", type=output_folder, help="folder of the results; default: experiments/results/ and the device"
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -40,6 +41,8 @@ EXPECTED = [
     TypeError("no codes"),
     ModuleNotFoundError("No module named 'wandb'"),
     FloatingPointError("The gradient was not finite"),
+    StrictDataclassError("hidden_size must be positive"),
+    subprocess.CalledProcessError(1, ["train_pqgan.py"]),
     json.JSONDecodeError("Expecting value", "{", 1),
     DatasetGenerationError("An error occurred while generating the dataset"),
     SafetensorError("Error while deserializing header"),
@@ -169,9 +172,9 @@ def test_a_device_that_can_be_used_is_returned():
 
 @pytest.mark.parametrize("command", ["reconstruct", "compress", "decompress"])
 def test_a_command_names_a_bad_device_before_anything_else(command, capsys):
-    arguments = [command, "absent.png", "--model", "absent", "--output", "new.png", "--device", "gpu"]
-    assert cli.main(arguments) == 1
-    assert "There is no device 'gpu'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "absent.png", "--model", "absent", "--output", "new.png", "--device", "gpu"])
+    assert end.value.code == 2 and "--device: There is no device 'gpu'" in capsys.readouterr().err
 
 
 def test_the_command_says_its_version():

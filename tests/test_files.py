@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 import time
@@ -12,7 +13,15 @@ from diffusers_pq.autoencoders import create_autoencoder, load_autoencoder
 from diffusers_pq.cli import main
 from diffusers_pq.data.pictures import PictureSource
 from diffusers_pq.evaluation.systems import load_for_evaluation
-from diffusers_pq.files import check_output, check_output_folder, folder_or_hub, read_json, replacing, write_text
+from diffusers_pq.files import (
+    check_output,
+    check_output_folder,
+    folder_or_hub,
+    naming,
+    read_json,
+    replacing,
+    write_text,
+)
 from diffusers_pq.metrics import load_metrics
 
 
@@ -161,3 +170,19 @@ def test_a_pipeline_that_is_given_for_an_autoencoder_says_where_that_is(tmp_path
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(OSError, match=f"{tmp_path} holds a pipeline: name the autoencoder in it, {tmp_path / 'vae'}"):
         load_autoencoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "values", [{"norm_num_groups": 3}, {"block_out_channels": ["8", 8, 16]}, {"act_fn": 7}], ids=str
+)
+@pytest.mark.parametrize("place", ["", "config.json"])
+def test_a_configuration_of_no_network_is_named(place, values, tmp_path):
+    config = {"_class_name": "PQModel"} | tiny_config() | values
+    (tmp_path / "config.json").write_text(json.dumps(config, default=list))
+    with pytest.raises(ValueError, match=f"^{tmp_path / place}: "):
+        create_autoencoder(str(tmp_path / place))
+
+
+def test_errors_that_say_nothing_of_a_configuration_stay_as_they_are():
+    with pytest.raises(FileNotFoundError, match="^absent$"), naming("config.json"):
+        raise FileNotFoundError("absent")

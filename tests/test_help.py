@@ -9,7 +9,7 @@ import pytest
 from test_console import SCRIPTS
 
 from diffusers_pq.cli import _build_parser
-from diffusers_pq.flags import FlagParser, output_folder
+from diffusers_pq.flags import FlagParser, device, output_folder
 from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions
 from diffusers_pq.training.masked import MaskedOptions
 from diffusers_pq.training.options import RunOptions
@@ -127,6 +127,22 @@ def test_an_absurd_value_ends_in_one_line_that_names_flag_and_value(name, flag, 
 def test_every_output_folder_is_checked_before_anything_is_done(script, parser_of):
     actions = [action for action in parser_of(script)._actions if action.dest == "output_dir"]
     assert script.name in TRAININGS or all(action.type is output_folder for action in actions)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_devices_and_precisions_are_checked_by_their_flags(script, parser_of):
+    _check_devices_and_precisions(parser_of(script))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_devices_and_precisions_of_the_command_are_checked_by_their_flags(name):
+    _check_devices_and_precisions(COMMANDS[name])
+
+
+def _check_devices_and_precisions(parser):
+    for action in parser._actions:
+        assert action.dest != "device" or action.type is device
+        assert action.dest not in ("dtype", "mixed_precision") or action.choices
 
 
 def test_an_output_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):

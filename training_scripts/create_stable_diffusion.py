@@ -16,7 +16,7 @@ from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.conditions import caption_texts
 from diffusers_pq.data.pictures import PictureSource
-from diffusers_pq.files import read_json
+from diffusers_pq.files import naming, read_json
 from diffusers_pq.flags import COUNT, SEED, FlagParser, number, output_folder
 from diffusers_pq.training.stable_diffusion import create_stable_diffusion, train_clip_tokenizer
 
@@ -52,9 +52,11 @@ def main(args):
     if not any(captions):
         raise ValueError(f"The column {column!r} holds no captions to fit a tokenizer to.")
     tokenizer = train_clip_tokenizer(captions, args.vocab_size, args.max_length)
-    configs = (read_json(args.config_dir / f"{name}.json") for name in ("unet", "text_encoder"))
+    configs = [read_json(args.config_dir / f"{name}.json", dict) for name in ("unet", "text_encoder")]
     vae = load_autoencoder(args.vae_name_or_path)
-    create_stable_diffusion(vae, tokenizer, *configs, args.prediction_type).save_pretrained(args.output_dir)
+    with naming(args.config_dir):
+        pipeline = create_stable_diffusion(vae, tokenizer, *configs, args.prediction_type)
+    pipeline.save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":

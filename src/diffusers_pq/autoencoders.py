@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderRAE
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
 
-from .files import folder_or_hub, read_json
+from .files import folder_or_hub, naming, read_json
 from .models.autoencoder_pq import PQModel
 from .models.product_quantization import QuantizedAutoencoder
 
@@ -98,9 +98,12 @@ def create_autoencoder(config_name_or_path: str, **overrides) -> nn.Module:
         config = read_json(config_name_or_path, dict)
         if config.get("_class_name") not in AUTOENCODERS:
             raise ValueError(f"{config_name_or_path} must name a `_class_name` out of {', '.join(AUTOENCODERS)}.")
-        return AUTOENCODERS[config["_class_name"]].from_config(config, **overrides)
-    model_class = autoencoder_class(config_name_or_path)
-    return model_class.from_config(model_class.load_config(config_name_or_path), **overrides)
+        model_class = AUTOENCODERS[config["_class_name"]]
+    else:
+        model_class = autoencoder_class(config_name_or_path)
+        config = model_class.load_config(config_name_or_path)
+    with naming(config_name_or_path):
+        return model_class.from_config(config, **overrides)
 
 
 def downsampling_factor(model: nn.Module) -> int:

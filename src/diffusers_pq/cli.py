@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import __version__
 from .console import progress_on_terminals, report
-from .flags import COUNT, SEED, FlagParser, number, output_folder
+from .flags import COUNT, DTYPES, SEED, FlagParser, device, number, output_folder
 
 
 def _build_parser() -> FlagParser:
@@ -17,7 +17,7 @@ def _build_parser() -> FlagParser:
     reconstruct.add_argument("picture", type=Path, help="file to read")
     reconstruct.add_argument("--model", required=True, help="folder or Hub repository of a PQModel or AutoencoderKL")
     reconstruct.add_argument("--output", type=Path, help="file to write; default: <picture>-reconstruction.png")
-    reconstruct.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    reconstruct.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
     reconstruct.set_defaults(run=_reconstruct)
 
     prepare = commands.add_parser("prepare-data", help="make a captioned image dataset of open pictures")
@@ -70,9 +70,7 @@ def _build_parser() -> FlagParser:
     widen.add_argument(
         "--init", choices=("copy", "copy_scaled", "zero"), default="copy", help="weights of the new channels"
     )
-    widen.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision that is saved"
-    )
+    widen.add_argument("--dtype", choices=DTYPES, default="float32", help="precision that is saved")
     widen.add_argument("--output", type=output_folder, required=True, help="folder to write; must not exist")
     widen.set_defaults(run=_widen_unet)
 
@@ -133,7 +131,7 @@ def _build_parser() -> FlagParser:
     compress.add_argument("picture", type=Path, help="file to read")
     compress.add_argument("--model", required=True, help="folder or Hub repository of a PQModel")
     compress.add_argument("--output", type=Path, required=True, help="file to write, such as picture.pqc")
-    compress.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    compress.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
     compress.set_defaults(run=_compress)
 
     length = commands.add_parser(
@@ -145,29 +143,27 @@ def _build_parser() -> FlagParser:
     length.add_argument("--prompt", help="text of the pictures, for a model that takes texts; default: no text")
     length.add_argument("--steps", type=COUNT, default=32, help="calls of the transformer for each picture")
     length.add_argument("--seed", type=SEED, default=0, help="seed of the order in which codes are revealed")
-    length.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    length.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
     length.set_defaults(run=_code_length)
 
     decompress = commands.add_parser("decompress", help="turn a compressed file back into a picture")
     decompress.add_argument("file", type=Path, help="what compress wrote")
     decompress.add_argument("--model", required=True, help="folder or Hub repository of the same PQModel")
     decompress.add_argument("--output", type=Path, required=True, help="picture to write")
-    decompress.add_argument("--device", default="cpu", help="device to compute on, such as cuda or mps")
+    decompress.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
     decompress.set_defaults(run=_decompress)
     return parser
 
 
 def _reconstruct(args):
     from .autoencoders import load_autoencoder
-    from .devices import usable_device
     from .images import check_picture_output, load_image, save_image
     from .reconstruction import reconstruct_picture
 
     output = args.output or args.picture.with_name(f"{args.picture.stem}-reconstruction.png")
     check_picture_output(output, args.picture)
-    device = usable_device(args.device)
     picture = load_image(args.picture)
-    model = load_autoencoder(args.model).to(device)
+    model = load_autoencoder(args.model).to(args.device)
     result = reconstruct_picture(model, picture)
     save_image(result.picture, output)
     print(f"{output}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.scores.items()))
@@ -285,15 +281,13 @@ def _convert(args):
 def _compress(args):
     from .autoencoders import load_autoencoder
     from .compression import compress_picture, decompress_picture
-    from .devices import usable_device
     from .files import check_output, replacing
     from .images import load_image, to_tensor, to_uint8
     from .metrics import psnr
 
     check_output(args.output, args.picture)
-    device = usable_device(args.device)
     picture = load_image(args.picture)
-    model = load_autoencoder(args.model).to(device)
+    model = load_autoencoder(args.model).to(args.device)
     data = compress_picture(model, picture)
     pair = (to_uint8(to_tensor(image))[None] for image in (decompress_picture(model, data), picture))
     with replacing(args.output) as unfinished:
@@ -303,15 +297,13 @@ def _compress(args):
 
 
 def _code_length(args):
-    from .devices import usable_device
     from .evaluation.code_length import bits_per_code_of_files
     from .files import folder_or_hub
     from .pipelines.class_labels import class_label
     from .pipelines.pipeline_masked_pq import MaskedPQPipeline
 
-    device = usable_device(args.device)
     with folder_or_hub(args.model):
-        pipeline = MaskedPQPipeline.from_pretrained(args.model, use_safetensors=True).to(device)
+        pipeline = MaskedPQPipeline.from_pretrained(args.model, use_safetensors=True).to(args.device)
     label = None if args.class_label is None else class_label(args.class_label)
     bits = bits_per_code_of_files(pipeline, args.pictures, label, args.prompt, args.steps, args.seed)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in bits.items())
@@ -321,13 +313,11 @@ def _code_length(args):
 def _decompress(args):
     from .autoencoders import load_autoencoder
     from .compression import decompress_picture
-    from .devices import usable_device
     from .images import check_picture_output, save_image
 
     check_picture_output(args.output, args.file)
-    device = usable_device(args.device)
     data = args.file.read_bytes()
-    model = load_autoencoder(args.model).to(device)
+    model = load_autoencoder(args.model).to(args.device)
     save_image(decompress_picture(model, data), args.output)
     print(args.output)
 

@@ -19,6 +19,7 @@ _EXPECTED = (OSError, ValueError, TypeError, ImportError, FloatingPointError)
 _EXPECTED_OF = {
     "datasets.exceptions": "DatasetsError",
     "httpx": "HTTPError",
+    "huggingface_hub.errors": "StrictDataclassError",
     "pickle": "PickleError",
     "safetensors": "SafetensorError",
     "subprocess": "SubprocessError",

@@ -95,6 +95,20 @@ def read_json(path: str | os.PathLike, kind: type = object) -> Any:
 
 
 @contextmanager
+def naming(config: str | os.PathLike) -> Iterator[None]:
+    """
+    Around what makes a network of a configuration: a `ValueError` names that, in place of what a number raises that is
+    a text, is negative or does not divide another.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):  # says nothing about the configuration
+        raise
+    except Exception as error:
+        raise ValueError(f"{config}: {error}") from error
+
+
+@contextmanager
 def folder_or_hub(source: str | os.PathLike) -> Iterator[None]:
     """
     Around what loads from a folder or, if there is none of that name, from the Hub: from its cache alone while it

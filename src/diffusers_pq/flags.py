@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 
+DTYPES = ("float32", "float16", "bfloat16")
 REQUIRED = object()
 SECRETS = ("hub_token",)  # never written to a file
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -62,6 +63,16 @@ COUNT = number(int, minimum=1)
 COUNT_OR_NONE = number(int, minimum=0)
 SEED = number(int, minimum=0, maximum=2**32 - 1)
 SCALE = number(float, minimum=0)
+
+
+def device(text: str) -> str:
+    """The type of flags that name a device of this machine."""
+    from .devices import usable_device  # which imports torch
+
+    try:
+        return usable_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def output_folder(text: str) -> Path:
@@ -417,7 +428,9 @@ def _recipe_flag(parser, name: str, value) -> list[str]:
             return [f"--{name}", *value]
     if not isinstance(value, str):
         raise ValueError(f"`{name}` must be a number, a string, true or false, but is {value!r}")
-    is_switch = action is None or action.nargs == 0
-    if is_switch and value.lower() in _WORDS:
+    is_switch = action is not None and action.nargs == 0
+    if is_switch and value.lower() not in _WORDS:
+        raise ValueError(f"`{name}` must be true or false, but is {value!r}")
+    if is_switch:
         return [f"--{name}" if _WORDS[value.lower()] else f"--no-{name}"]
     return [f"--{name}={value}"]

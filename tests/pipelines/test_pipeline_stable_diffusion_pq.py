@@ -155,6 +155,14 @@ def test_img2img_spreads_pictures_over_prompts_and_refuses_what_does_not_divide(
         generate(img2img, image=pictures[0], generator=[torch.Generator()])
 
 
+@pytest.mark.parametrize("pipeline_class", [StableDiffusionPQImg2ImgPipeline, StableDiffusionPQInpaintPipeline])
+def test_a_strength_that_leaves_no_step_is_refused(pipeline_class, pipeline):
+    given = {"mask_image": noise_picture(32, 32)} if pipeline_class is StableDiffusionPQInpaintPipeline else {}
+    painter = pipeline_class(**pipeline.components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match=r"strength.* 0\.05"):
+        generate(painter, image=noise_picture(32, 32), strength=0.05, num_inference_steps=10, **given)
+
+
 @pytest.fixture
 def inpaint(pipeline):
     inpaint = StableDiffusionPQInpaintPipeline(**pipeline.components, requires_safety_checker=False)

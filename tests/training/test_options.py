@@ -50,6 +50,7 @@ def test_works_without_a_recipe(parser):
         ("learning_rat: 1", "unrecognized arguments: --learning_rat=1"),
         ("kind: c", "invalid choice: 'c'"),
         ("kind: [a, b]", r"`kind` must be a number, a string, true or false, but is ['a', 'b']"),
+        ("flip: 7", "`flip` must be true or false, but is '7'"),
         ("just a string", "a recipe must map flags to values"),
         ("a: b: c", "mapping values are not allowed"),
     ],

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from ..autoencoders import downsampling_factor
 from ..data.conditions import ClassLabels, class_names
 from ..evaluation.systems import load_pretrained
-from ..files import read_json
+from ..files import naming, read_json
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.class_conditioning import create_class_conditional_denoiser, num_classes, token_dimension
 from ..pipelines.class_labels import class_label
@@ -158,7 +158,8 @@ def _build_pipeline(options, run, names):
     check_resolution("--resolution", resolution, factor)
     channels, side = vae.config.latent_channels, resolution // factor
     config = read_json(model.model_config_name_or_path, dict)
-    denoiser = create_class_conditional_denoiser(config, channels, side, len(names))
+    with naming(model.model_config_name_or_path):
+        denoiser = create_class_conditional_denoiser(config, channels, side, len(names))
     dimension, width = token_dimension(denoiser)
     if width < dimension:
         # Zheng et al. (2025, "Diffusion Transformers with Representation Autoencoders"), section 4.1.

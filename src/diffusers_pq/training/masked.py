@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..autoencoders import load_pq_model
 from ..data.conditions import ClassLabels, Prompts, class_names
-from ..files import folder_or_hub, read_json
+from ..files import folder_or_hub, naming, read_json
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
 from ..models.masked_transformer import PQMaskedTransformer
@@ -293,7 +293,8 @@ def _build_pipeline(options, run) -> MaskedPQPipeline:
         condition = {"cross_attention_dim": text["text_encoder"].config.hidden_size}
     config = read_json(model.model_config_name_or_path, dict)
     side = data.resolution // vae.downsampling_factor
-    transformer = create_masked_transformer(config, vae, side, **condition)
+    with naming(model.model_config_name_or_path):
+        transformer = create_masked_transformer(config, vae, side, **condition)
     if model.code_embedding_init == "codebooks":
         transformer.init_code_embeddings(vae.quantizer, torch.Generator().manual_seed(options.optim.seed))
     pipeline = MaskedPQPipeline(
