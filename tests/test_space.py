@@ -154,11 +154,28 @@ def assert_no_trace(space):
     assert "queueing.py" not in space[1].read_text()
 
 
+def test_the_page_opens_with_a_result(page):
+    page.wait(lambda: len(page.table()) == 3)
+    page.wait(lambda: page.picture_sizes("Original | reconstruction") == [(640, 427)] * 2)
+    page.wait(lambda: page.picture_sizes("64 x 64, KL") == [(384, 384)])
+    assert page.codebook_use().startswith("Subspace 0 of 32")
+
+
+def test_every_view_has_a_value_before_anything_is_chosen(monkeypatch, tmp_path):
+    monkeypatch.setenv("PQSD_MODEL", str(tmp_path / "absent"))
+    components = runpy.run_path(str(SPACE / "app.py"))["demo"].config["components"]
+    views = [one for one in components if one["type"] in ("image", "imageslider", "dataframe")]
+    shown = [one for one in views if one["props"]["visible"]]
+    assert len(shown) == 8 and all(one["props"]["value"] for one in shown)
+
+
 def test_an_upload_is_reconstructed_and_measured(page, picture):
     path, content = picture
+    page.wait(lambda: len(page.table()) == 3)
+    before = page.table()
     page.upload(path)
     page.wait_for_message("101 x 80 are no multiples of 8")
-    table = page.wait(lambda: len(page.table()) == 3 and page.table())
+    table = page.wait(lambda: len(page.table()) == 3 and page.table() != before and page.table())
     for name, cells in table.items():
         scores = reconstruct_picture(
             load_autoencoder(str(ROOT / "model_cards" / f"pqgan-mini-f8-{name.lower()}")), content
@@ -182,14 +199,15 @@ def test_codes_of_a_chosen_subspace_and_model(page, picture):
 
 
 def test_a_photograph_is_taken_by_a_click(page):
-    page.wait(lambda: len(page.picture_sizes("or one of these photographs")) == 6)
+    page.wait(lambda: len(page.picture_sizes("Or choose one of these photographs")) == 6)
     page.all("button.gallery-item")[1].click()
-    page.wait(lambda: len(page.table()) == 3)
     page.wait(lambda: (451, 300) in page.picture_sizes("Original: click"))
 
 
 def test_wrong_files_give_a_message_and_leave_the_field_free(page, picture, space, tmp_path):
     path, content = picture
+    page.wait(lambda: len(page.table()) == 3)
+    before = page.table()
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "cut.png").write_bytes(path.read_bytes()[:2000])
     (tmp_path / "document.txt").write_text("not a picture")
@@ -207,9 +225,9 @@ def test_wrong_files_give_a_message_and_leave_the_field_free(page, picture, spac
         for close in page.all(".toast-close"):
             close.click()
         page.wait(lambda: not page.messages())
-    assert not page.table()
+    assert page.table() == before
     page.upload(path)
-    page.wait(lambda: len(page.table()) == 3)
+    page.wait(lambda: len(page.table()) == 3 and page.table() != before)
     assert_no_trace(space)
 
 

@@ -1,6 +1,7 @@
 """A Hugging Face Space: one picture through three autoencoders, and pictures from prompts."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import gradio as gr
@@ -63,7 +64,8 @@ AUTOENCODERS = {
     "VQ": load_autoencoder(model_source("VQ_MODEL", "pqgan-mini-f8-vq")),
     "KL": load_autoencoder(model_source("KL_MODEL", "pqgan-mini-f8-kl")),
 }
-PHOTOGRAPHS = list(load_photographs().values())
+PHOTOGRAPHS = load_photographs()
+FIRST = PHOTOGRAPHS["flower"]  # whose results are on the screen at the start
 PIPELINE, PIPELINE_MISSING = load_pipeline(model_source("PQSD_MODEL", "pqsd-mini"))
 
 
@@ -98,12 +100,20 @@ def fit(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 def reconstruct(picture: PIL.Image.Image, progress=gr.Progress()):  # noqa: B008 (how Gradio hands it over)
     picture = fit(picture)
-    results = {
-        name: reconstruct_picture(model, picture) for name, model in progress.tqdm(AUTOENCODERS.items(), unit="models")
-    }
-    table = [[name, *table_row(result)] for name, result in results.items()]
-    center = picture.width // 2, picture.height // 2
-    return picture, results, center, picture, table, gr.Column(visible=True)
+    results = reconstruct_by(progress.tqdm(AUTOENCODERS.items(), unit="models"), picture)
+    return picture, results, middle(picture), picture, score_table(results)
+
+
+def reconstruct_by(models: Iterable[tuple[str, torch.nn.Module]], picture: PIL.Image.Image) -> dict:
+    return {name: reconstruct_picture(model, picture) for name, model in models}
+
+
+def middle(picture: PIL.Image.Image) -> tuple[int, int]:
+    return picture.width // 2, picture.height // 2
+
+
+def score_table(results: dict) -> list[list[str]]:
+    return [[name, *table_row(result)] for name, result in results.items()]
 
 
 def table_row(result: PictureReconstruction) -> list[str]:
@@ -163,33 +173,41 @@ def shown_picture(label: str, **options) -> gr.Image:
 
 
 def reconstruction_tab():
-    picture, results, center = gr.State(), gr.State(), gr.State()
+    found = reconstruct_by(AUTOENCODERS.items(), FIRST)
+    picture, results, center = gr.State(FIRST), gr.State(found), gr.State(middle(FIRST))
+    first_places, first_summary, first_plot = show_codes(found, "PQ", 0)
     with gr.Row():
         upload = gr.File(file_types=["image"], label="Picture", height=160)
         examples = gr.Dataset(
             components=[gr.Image(visible=False)],
-            samples=[[photograph] for photograph in PHOTOGRAPHS],
-            label="or one of these photographs, which no model was trained on",
+            samples=[[photograph] for photograph in PHOTOGRAPHS.values()],
+            label="Or choose one of these photographs, which no model was trained on",
             type="index",
         )
-    with gr.Column(visible=False) as views:
-        table = gr.Dataframe(headers=["model", *(label for label, _ in COLUMNS.values())], interactive=False)
-        gr.Markdown(TABLE_NOTE)
-        with gr.Row():
-            original = shown_picture("Original: click where to look closer")
-            with gr.Column():
-                slider = gr.ImageSlider(format="png", label="Original | reconstruction", interactive=False)
-                compared = gr.Radio(list(AUTOENCODERS), value="PQ", label="Reconstruction by")
-        with gr.Row():
-            details = [shown_picture(f"{DETAIL_SIDE} x {DETAIL_SIDE}, {name}") for name in ("original", *AUTOENCODERS)]
-        with gr.Row():
-            with gr.Column():
-                quantized = [name for name, model in AUTOENCODERS.items() if hasattr(model, "quantizer")]
-                coded = gr.Radio(quantized, value="PQ", label="Codes of")
-                subspace = subspace_slider("PQ")
-                summary = gr.Textbox(label="Codebook use")
-                plot = gr.LinePlot(x="entries, most used first", y="times used", height=220)
-            places = shown_picture("Code map: close entries have close colours")
+    table = gr.Dataframe(
+        score_table(found), headers=["model", *(label for label, _ in COLUMNS.values())], interactive=False
+    )
+    gr.Markdown(TABLE_NOTE)
+    with gr.Row():
+        original = shown_picture("Original: click where to look closer", value=FIRST)
+        with gr.Column():
+            slider = gr.ImageSlider(
+                compare(FIRST, found, "PQ"), format="png", label="Original | reconstruction", interactive=False
+            )
+            compared = gr.Radio(list(AUTOENCODERS), value="PQ", label="Reconstruction by")
+    with gr.Row():
+        details = [
+            shown_picture(f"{DETAIL_SIDE} x {DETAIL_SIDE}, {name}", value=detail)
+            for name, detail in zip(("original", *AUTOENCODERS), show_details(FIRST, found, middle(FIRST)))
+        ]
+    with gr.Row():
+        with gr.Column():
+            quantized = [name for name, model in AUTOENCODERS.items() if hasattr(model, "quantizer")]
+            coded = gr.Radio(quantized, value="PQ", label="Codes of")
+            subspace = subspace_slider("PQ")
+            summary = gr.Textbox(first_summary, label="Codebook use")
+            plot = gr.LinePlot(first_plot, x="entries, most used first", y="times used", height=220)
+        places = shown_picture("Code map: close entries have close colours", value=first_places)
 
     comparison = {"fn": compare, "inputs": [picture, results, compared], "outputs": slider}
     closer_look = {"fn": show_details, "inputs": [picture, results, center], "outputs": details}
@@ -198,13 +216,12 @@ def reconstruction_tab():
     # The field is freed for the next picture.
     uploaded.success(lambda: None, None, upload)
     uploaded.failure(lambda: None, None, upload)
-    for chosen in (uploaded, examples.click(PHOTOGRAPHS.__getitem__, examples, picture)):
+    for chosen in (uploaded, examples.click(list(PHOTOGRAPHS.values()).__getitem__, examples, picture)):
         done = chosen.success(
             reconstruct,
             picture,
-            [picture, results, center, original, table, views],
+            [picture, results, center, original, table],
             concurrency_id="models",
-            show_progress_on=upload,  # the only place that is visible the first time
         )
         done.success(**comparison)
         done.success(**closer_look)
