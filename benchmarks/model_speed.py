@@ -33,7 +33,7 @@ from diffusers_pq.photographs import load_photographs
 # without, `channels_last` has the weights in that layout, too.
 LAYOUTS = ("contiguous", "default", "channels_last")
 SMALL = {"layers_per_block": 1, "mid_block_add_attention": False}
-FASTEST_LAYOUT = autoencoder_pq._fastest_layout
+FASTEST_LAYOUT = autoencoder_pq.fastest_layout
 
 
 def parse_args(argv=None):
@@ -78,7 +78,7 @@ def build(path, layout, args):
     if args.small:
         config = config | SMALL | {"block_out_channels": (32,) * len(config["block_out_channels"])}
     model = PQModel.from_config(config).eval().to(args.device, getattr(torch, args.dtype))
-    autoencoder_pq._fastest_layout = (lambda x: x) if layout == "contiguous" else FASTEST_LAYOUT
+    autoencoder_pq.fastest_layout = (lambda x: x) if layout == "contiguous" else FASTEST_LAYOUT
     if layout == "channels_last":
         model.to(memory_format=torch.channels_last)
     return model

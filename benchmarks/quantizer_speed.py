@@ -118,7 +118,7 @@ def build_methods(codebooks, device, threads):
 
 def warm_up(search_once, distances, args):
     """Search until so many distances have been computed that ours has itself compiled, as it would in a long run."""
-    for _ in range(1 if args.small else 1 + search._COMPILE_AFTER // distances):
+    for _ in range(1 if args.small else 1 + search.COMPILE_AFTER // distances):
         search_once()
 
 

@@ -27,9 +27,11 @@ from diffusers_pq.measuring import describe_machine, results_folder
 from diffusers_pq.metrics import pooled_psnr
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import codebook_usage, reconstruct_picture
+from diffusers_pq.tables import LATENT_COLUMNS, SCORE_COLUMNS, markdown_table
 
 
-COLUMNS = ("psnr", "psnr_pooled", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")
+SCORES = ("psnr", "psnr_pooled", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")
+COLUMNS = {name: (SCORE_COLUMNS | LATENT_COLUMNS)[name] for name in SCORES}
 
 
 def parse_args(argv=None):
@@ -81,14 +83,12 @@ def summarise(model, results):
     return row
 
 
-def markdown_table(rows):
-    head = "| model | PSNR (dB) | PSNR, pooled (dB) | SSIM | bits per pixel | H_n | P_n | seconds |"
-    lines = [head, "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, row in rows.items():
-        cells = [f"{row[column]:.3g}" if column in row else "-" for column in COLUMNS]
-        cells[:2] = f"{row['psnr']:.2f}", f"{row['psnr_pooled']:.2f}"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def results_table(rows):
+    lines = [
+        [name, *(format(row[column], spec) if column in row else "-" for column, (_, spec) in COLUMNS.items())]
+        for name, row in rows.items()
+    ]
+    return markdown_table(["model", *(title for title, _ in COLUMNS.values())], lines)
 
 
 def crop_boxes(args, pictures, reconstructions):
@@ -144,7 +144,7 @@ def main(args):
     write_json(folder / "photographs.json", record)
     with replacing(folder / "photographs.png") as unfinished:
         figure.savefig(unfinished, dpi=80)
-    print(markdown_table(rows))
+    print(results_table(rows))
     print(f"Picture: {folder / 'photographs.png'}")
 
 

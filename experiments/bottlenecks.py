@@ -151,7 +151,7 @@ class MultiChannelQuantizer(ProductQuantizer):
 class _Quantizer(nn.Module):
     """What [`PQModel`] and the trainer expect of a quantiser."""
 
-    _check_latents = ProductQuantizer._check_latents
+    check_latents = ProductQuantizer.check_latents
 
     def __init__(self, latent_channels: int, num_subspaces: int | None, codebook_size: int | None):
         super().__init__()
@@ -161,7 +161,7 @@ class _Quantizer(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> ProductQuantizerOutput:
         """As [`ProductQuantizer.forward`]."""
-        self._check_latents(latents)
+        self.check_latents(latents)
         with torch.autocast(latents.device.type, enabled=False):
             z_q, codes, loss = self.snap(_to_rows(latents))
         codes = codes.transpose(1, 2).unflatten(2, latents.shape[2:]).long()
@@ -241,7 +241,7 @@ class Unquantized(_Quantizer):
         super().__init__(latent_channels, num_subspaces=None, codebook_size=None)
 
     def forward(self, latents: torch.Tensor) -> ProductQuantizerOutput:
-        self._check_latents(latents)
+        self.check_latents(latents)
         return ProductQuantizerOutput(latents=latents, codes=None, loss=latents.new_zeros(()))
 
 

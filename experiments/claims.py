@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
-from spread import markdown_table
 from sweep_report import judge, runs_of
+
+from diffusers_pq.tables import markdown_table
 
 
 # How the codebooks of a sweep start: its name -> in words.

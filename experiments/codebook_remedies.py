@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.files import read_json
+from diffusers_pq.files import read_json, write_json
 from diffusers_pq.flags import COUNT, FlagParser, output_folder
 from diffusers_pq.measuring import describe_machine
 
@@ -75,7 +75,7 @@ def main(args):
         "runs": rows,
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "codebook_remedies.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(args.output_dir / "codebook_remedies.json", record)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,15 @@ from diffusers_pq.autoencoders import decode_latents, encode_latents, scale_late
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.conditions import ClassLabels
 from diffusers_pq.data.pictures import ConditionedCrops, Crops, PictureSource
+from diffusers_pq.evaluation.data import EvaluationData
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
-from diffusers_pq.evaluation.reconstruction import EvaluationData
 from diffusers_pq.files import read_json, replacing, write_json
 from diffusers_pq.flags import COUNT, SCALE, FlagParser, named, number, output_folder, trained_unlike
 from diffusers_pq.images import to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import FID, PSNR, SSIM, PooledPSNR
 from diffusers_pq.models.class_conditioning import predict
+from diffusers_pq.tables import markdown_table
 from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions
 from diffusers_pq.training.noise import add_noise, predicted_latents
 
@@ -225,15 +226,20 @@ def plot(runs, path):
 def markdown_tables(record):
     spaces = list(next(iter(record["runs"].values()))["frechet_distances"]["samples"])
     titles = ["no noise", *(f"SNR {level:g}" for level in record["settings"]["snr"])]
-    tables = [f"| PSNR (dB) / SSIM | {' | '.join(titles)} |", f"|---{'|---' * len(titles)}|"]
-    for label, run in record["runs"].items():
-        cells = (f"{level['psnr']:.2f} / {level['ssim']:.3f}" for level in run["held_out"])
-        tables.append(f"| {label} | {' | '.join(cells)} |")
-    tables += ["", f"| Fréchet distance | {' | '.join(spaces)} |", f"|---{'|---' * len(spaces)}|"]
-    for label, run in record["runs"].items():
-        for what, distances in run["frechet_distances"].items():
-            tables.append(f"| {label}, {what} | {' | '.join(f'{distances[space]:.4g}' for space in spaces)} |")
-    return "\n".join(tables)
+    noisy = [
+        [label, *(f"{level['psnr']:.2f} / {level['ssim']:.3f}" for level in run["held_out"])]
+        for label, run in record["runs"].items()
+    ]
+    distances = [
+        [f"{label}, {what}", *(f"{found[space]:.4g}" for space in spaces)]
+        for label, run in record["runs"].items()
+        for what, found in run["frechet_distances"].items()
+    ]
+    return (
+        markdown_table(["PSNR (dB) / SSIM", *titles], noisy)
+        + "\n\n"
+        + markdown_table(["Fréchet distance", *spaces], distances)
+    )
 
 
 def main(args):

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from spread import markdown_table, mean_and_spread
+from spread import mean_and_spread
 
 from diffusers_pq import LatentDiffusionPQPipeline, MaskedPQPipeline
 from diffusers_pq.autoencoders import decode_latents, encode_latents, scale_latents
@@ -41,6 +41,7 @@ from diffusers_pq.flags import COUNT, SCALE, SEED, FlagParser, output_folder
 from diffusers_pq.images import load_image, to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import load_fd_efficientnet_lite0
+from diffusers_pq.tables import markdown_table
 from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions, train_latent_diffusion
 from diffusers_pq.training.masked import MaskedOptions, train_masked
 

@@ -68,7 +68,7 @@ def measure_quantizer(configuration, latents, args):
 
 def main(args):
     folder = args.output_dir or results_folder("experiments/results", args.device)
-    search._COMPILE_AFTER = 0
+    search.COMPILE_AFTER = 0
     configurations = grid(args.latent_channels, args.num_subspaces, args.codebook_size)
     backbones = {channels: measure_backbone(channels, args) for channels in tqdm(args.latent_channels, desc="models")}
     rows = []

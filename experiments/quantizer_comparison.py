@@ -34,15 +34,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from bottlenecks import BOTTLENECKS, create_bottleneck, fit_quantizer, load_bottleneck
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from spread import markdown_table, mean_and_spread
+from spread import mean_and_spread
 
 from diffusers_pq import PQModel
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.evaluation.reconstruction import (
-    EvaluationData,
-    describe_latents,
-    evaluate_autoencoder,
-)
+from diffusers_pq.evaluation.data import EvaluationData
+from diffusers_pq.evaluation.reconstruction import describe_latents, evaluate_autoencoder
 from diffusers_pq.files import read_json, write_json, write_text
 from diffusers_pq.flags import COUNT, SEED, FlagParser, output_folder, parse, trained_unlike, unlike
 from diffusers_pq.images import load_image, to_tensor, to_uint8
@@ -50,6 +47,7 @@ from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import load_metrics
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import reconstruct_picture
+from diffusers_pq.tables import SCORE_COLUMNS, markdown_table
 from diffusers_pq.training import pqgan
 from diffusers_pq.training.initialisation import collect_latents, copy_matching_weights
 from diffusers_pq.training.run import load_train_split
@@ -67,17 +65,6 @@ NOT_FOR_ALL += ("quantize_from_step", "backbone_name_or_path", "pretrained_model
 # part of a result -> what its columns are called
 PARTS = {"photographs": "photographs", "test": "test photographs", "validation": "validation"}
 CODEBOOKS = ("num_subspaces", "codebook_size")
-COLUMNS = {
-    "psnr": ("PSNR", ".2f"),
-    "psnr_pooled": ("PSNR, pooled", ".2f"),
-    "ssim": ("SSIM", ".3f"),
-    "lpips_alex": ("LPIPS", ".4f"),
-    "rfid": ("rFID", ".3g"),
-    "cmmd": ("CMMD", ".3g"),
-    "fd_efficientnet_lite0": ("FD, EfficientNet-Lite0", ".4g"),
-    "H_n": ("H_n", ".3f"),
-    "P_n": ("P_n", ".3f"),
-}
 
 
 def parse_args(argv=None):
@@ -224,11 +211,10 @@ def read_results(runs_dir):
 def results_table(results):
     """Markdown: a row for each bottleneck, with mean and spread over its seeds, and how it was measured."""
     parts = [part for part in PARTS if part in results[0]]
-    columns = [
-        (part, name) for part in parts for name in COLUMNS if any(name in result[part]["scores"] for result in results)
-    ]
+    measured = {part: {name for result in results for name in result[part]["scores"]} for part in parts}
+    columns = [(part, name) for part in parts for name in SCORE_COLUMNS if name in measured[part]]
     head = ["bottleneck", "d", "S", "K", "bits per latent pixel", "bits per pixel"]
-    head += [f"{PARTS[part]}: {COLUMNS[name][0]}" for part, name in columns]
+    head += [f"{PARTS[part]}: {SCORE_COLUMNS[name][0]}" for part, name in columns]
     lines = []
     for name in dict.fromkeys(result["name"] for result in results):
         runs = [result for result in results if result["name"] == name]
@@ -238,7 +224,7 @@ def results_table(results):
         line += [f"{bits * latents['downsampling_factor'] ** 2:g}", f"{bits:.3g}"]
         for part, score in columns:
             values = [run[part]["scores"].get(score, math.nan) for run in runs]
-            line.append(mean_and_spread(values, COLUMNS[score][1]))
+            line.append(mean_and_spread(values, SCORE_COLUMNS[score][1]))
         lines.append(line)
     wanted = {name: weights for result in results for name, weights in result["validation"]["unavailable"].items()}
     unavailable = [f"- Unavailable: {name}, which needs {weights}" for name, weights in wanted.items()]

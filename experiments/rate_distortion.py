@@ -13,7 +13,6 @@ on the training pictures: the ideal code length, without a file around it.
 
 import datetime
 import io
-import json
 import statistics
 from functools import partial
 from pathlib import Path
@@ -22,26 +21,27 @@ import matplotlib.pyplot as plt
 import PIL
 import torch
 from PIL import Image, features
-from spread import markdown_table
 from tqdm import tqdm
 
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.compression import compress_picture, decompress_picture
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.evaluation.reconstruction import EvaluationData
+from diffusers_pq.evaluation.data import EvaluationData
+from diffusers_pq.files import write_json
 from diffusers_pq.flags import FlagParser, device, number, output_folder
 from diffusers_pq.images import to_tensor, to_uint8
 from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import CodebookUsage, pooled_psnr, psnr, ssim
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import codebook_shape, reconstruct_picture
+from diffusers_pq.tables import LATENT_COLUMNS, SCORE_COLUMNS, markdown_table
 
 
 # name -> Pillow's options. A slower AVIF (speed 4 instead of 6) takes five times as long for some 2% smaller files.
 CODECS = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {"speed": 6}}
 QUALITIES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
-MEASURES = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
-HEAD = ("", "bits per pixel", "PSNR (dB)", "PSNR, pooled (dB)", "SSIM")
+MEASURES = {name: SCORE_COLUMNS[name][0] for name in ("psnr", "ssim")}
+HEAD = ("", LATENT_COLUMNS["bits_per_pixel"][0], *(SCORE_COLUMNS[name][0] for name in ("psnr", "psnr_pooled", "ssim")))
 
 
 def parse_args(argv=None):
@@ -182,7 +182,7 @@ def main(args):
         },
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "rate_distortion.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(args.output_dir / "rate_distortion.json", record)
     draw(record, args.output_dir / "rate_distortion.png")
     print(all_points(record))
     for name, reason in record["unavailable"].items():

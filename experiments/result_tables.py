@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pandas as pd
-from spread import markdown_table
 
 from diffusers_pq.files import read_json
+from diffusers_pq.tables import markdown_table
 
 
 ROOT = Path(__file__).parent.parent

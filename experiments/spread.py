@@ -12,9 +12,3 @@ def mean_and_spread(values: Sequence[float], spec: str) -> str:
         return "-"
     mean = format(statistics.mean(known), spec)
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):{spec.lstrip('+')}}"
-
-
-def markdown_table(head: Sequence, lines: Sequence[Sequence]) -> str:
-    """A table of cells in Markdown."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)

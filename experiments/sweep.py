@@ -19,7 +19,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from diffusers_pq.evaluation.reconstruction import read_results
+from diffusers_pq.evaluation.tables import read_results
 from diffusers_pq.files import read_json, write_json
 from diffusers_pq.flags import trained_unlike, unlike
 from diffusers_pq.training.pqgan import PQGANOptions

@@ -10,33 +10,36 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
-from spread import markdown_table, mean_and_spread
+from spread import mean_and_spread
 
-from diffusers_pq.evaluation.reconstruction import RESULTS_FILE
+from diffusers_pq.evaluation.tables import RESULTS_FILE
 from diffusers_pq.files import read_json, replacing
+from diffusers_pq.tables import SCORE_COLUMNS, markdown_table
 
 
+# score -> scale of its axis (Figures 3a and 6)
+_QUALITY = {
+    "rfid": "log",
+    "psnr": "linear",
+    "ssim": "linear",
+    "cmmd": "log",
+    "lpips_alex": "log",
+    "lpips_vgg": "log",
+    "fd_efficientnet_lite0": "log",
+}
 # column -> label of its axis, scale (Figures 3, 5 and 6)
 _AXES = {
     "d": ("latent dimension d", "log"),
     "S": ("subspaces S", "log"),
     "K": ("codebook size K", "log"),
-    "rfid": ("rFID", "log"),
-    "psnr": ("PSNR (dB)", "linear"),
-    "ssim": ("SSIM", "linear"),
-    "cmmd": ("CMMD", "log"),
-    "lpips_alex": ("LPIPS (alex)", "log"),
-    "lpips_vgg": ("LPIPS (vgg)", "log"),
-    "fd_efficientnet_lite0": ("FD, EfficientNet-Lite0", "log"),
+    **{name: (SCORE_COLUMNS[name][0], scale) for name, scale in _QUALITY.items()},
     "H_n": ("normalised entropy $H_n$", "linear"),
     "P_n": ("normalised perplexity $P_n$", "linear"),
     "seconds": ("seconds a reconstruction", "linear"),
     "overhead": ("quantisation overhead", "linear"),
 }
-_QUALITY = ("rfid", "psnr", "ssim", "cmmd", "lpips_alex", "lpips_vgg", "fd_efficientnet_lite0")
 _LATENTS = {"d": "latent_channels", "S": "num_subspaces", "K": "codebook_size", "bits_per_pixel": "bits_per_pixel"}
-# column -> title of its table, format
-_TABLES = {"psnr": ("PSNR (dB)", ".2f"), "psnr_pooled": ("PSNR, pooled (dB)", ".2f"), "H_n": ("H_n", ".3f")}
+_TABLES = ("psnr", "psnr_pooled", "H_n")
 _VQ = "1"  # the row of S = 1 in a table
 _NEEDED = (_VQ, "d/4", "d/2", "d")
 
@@ -226,9 +229,9 @@ def report(results: pd.DataFrame, findings: list[Finding]) -> str:
     """Markdown: the findings, and tables of PSNR, pooled PSNR and H_n with their change for twice the d."""
     lines = [(one.text, one.verdict, one.numbers) for one in findings]
     tables = [markdown_table(("finding of the paper", "seen here", "by"), lines)]
-    for column, (title, spec) in _TABLES.items():
+    for column in _TABLES:
         if column in results:  # what was evaluated before there was a pooled PSNR has none
-            tables.append(_table_of_shares(results, column, title, spec))
+            tables.append(_table_of_shares(results, column, *SCORE_COLUMNS[column]))
     return "\n\n".join(tables) + "\n"
 
 

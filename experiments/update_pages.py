@@ -18,7 +18,7 @@ from rate_distortion import at_equal_quality
 from sweep_report import judge, report
 
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.evaluation import reconstruction, systems
+from diffusers_pq.evaluation import systems, tables
 from diffusers_pq.files import read_json, write_text
 from diffusers_pq.flags import FlagParser
 
@@ -61,7 +61,7 @@ TABLES = {
 SUMMARIES = {"claims": claims_table, "findings": findings_table, "findings_in_short": findings_in_short}
 # name of a block -> what renders it from the evaluations of autoencoders
 EVALUATION_TABLES = {
-    "evaluation": reconstruction.results_table,
+    "evaluation": tables.results_table,
     "references": systems.references_table,
     "systems": lambda results: systems.systems_table(),
 }
@@ -76,7 +76,7 @@ def pages():
 
 def rendered(name):
     if name in EVALUATION_TABLES:
-        return EVALUATION_TABLES[name](reconstruction.read_results(EVALUATIONS)).strip()
+        return EVALUATION_TABLES[name](tables.read_results(EVALUATIONS)).strip()
     if name in TABLES:
         return TABLES[name](read_json(RESULTS[name])).strip()
     if name in SUMMARIES:

@@ -1,6 +1,7 @@
 """Which way imports run: inference stands on its own feet, training on top of it, scripts and experiments above."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ SCRIPTS = ("training_scripts", "experiments", "benchmarks", "spaces")
 
 # From the ground up: a module imports from its own floor and from those below.
 FLOORS = (
-    ("_versions", "_registration", "console", "devices", "files", "flags", "images", "measuring"),
+    ("_versions", "_registration", "console", "devices", "files", "flags", "images", "measuring", "tables"),
     ("models",),
     ("autoencoders", "metrics"),
     (
@@ -97,3 +98,22 @@ def test_nobody_imports_or_runs_a_script():
     files = [*MODULES.values(), *(path for folder in SCRIPTS for path in ROOT.glob(f"{folder}/**/*.py"))]
     for path in files:
         assert not imports(path) & (names | {"runpy"}), path
+
+
+def private_names(path: Path) -> set[str]:
+    """Private names of other modules of the package that a file imports or reaches for."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    own = [node for node in nodes if node.level or (node.module or "").startswith("diffusers_pq")]
+    names = {alias.asname or alias.name for node in own for alias in node.names}
+    reached = {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names
+    }
+    return {name for name in names | reached if re.search(r"(^|\.)_(?!_|versions|registration)", name)}
+
+
+def test_private_names_stay_in_their_module():
+    for path in [*MODULES.values(), *(path for folder in SCRIPTS for path in ROOT.glob(f"{folder}/**/*.py"))]:
+        assert not private_names(path), path

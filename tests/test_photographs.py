@@ -9,7 +9,7 @@ import pytest
 from diffusers_pq import photographs
 from diffusers_pq.cli import main
 from diffusers_pq.data_preparation import PACKAGES
-from diffusers_pq.evaluation.reconstruction import EvaluationData
+from diffusers_pq.evaluation.data import EvaluationData
 from diffusers_pq.photographs import TEST_PHOTOGRAPHS
 
 

@@ -14,9 +14,9 @@ import json
 from accelerate import Accelerator
 
 from diffusers_pq.console import one_line_errors
+from diffusers_pq.evaluation.data import EvaluationData
 from diffusers_pq.evaluation.generation import Sampling, run_generation_evaluation
 from diffusers_pq.evaluation.options import parse_generation_args
-from diffusers_pq.evaluation.reconstruction import EvaluationData
 
 
 def parse_args(argv=None):

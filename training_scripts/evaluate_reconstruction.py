@@ -22,8 +22,10 @@ started again with the same arguments.
 from accelerate import Accelerator
 
 from diffusers_pq.console import one_line_errors
+from diffusers_pq.evaluation.data import EvaluationData
 from diffusers_pq.evaluation.options import parse_reconstruction_args
-from diffusers_pq.evaluation.reconstruction import EvaluationData, run_evaluation, write_table
+from diffusers_pq.evaluation.reconstruction import run_evaluation
+from diffusers_pq.evaluation.tables import write_table
 
 
 def parse_args(argv=None):

@@ -17,6 +17,7 @@ from diffusers_pq.images import load_image
 from diffusers_pq.metrics import CodebookUsage
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import PictureReconstruction, reconstruct_picture
+from diffusers_pq.tables import LATENT_COLUMNS, SCORE_COLUMNS
 
 
 MODEL_CARDS = Path(__file__).resolve().parents[2] / "model_cards"
@@ -24,14 +25,8 @@ MODEL_CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 MIN_SIDE, MAX_SIDE = 16, 1024
 MAX_PIXELS = 50_000_000  # of an upload, which is decoded before it is shrunk
 DETAIL_SIDE, DETAIL_FACTOR = 64, 6
-COLUMNS = {
-    "psnr": ("PSNR (dB)", ".2f"),
-    "ssim": ("SSIM", ".3f"),
-    "bits_per_pixel": ("bits per pixel", ".3f"),
-    "H_n": ("H_n", ".3f"),
-    "P_n": ("P_n", ".3f"),
-    "seconds": ("seconds", ".2f"),
-}
+SCORES = ("psnr", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")
+COLUMNS = {name: (SCORE_COLUMNS | LATENT_COLUMNS)[name] for name in SCORES}
 INTRODUCTION = """# Product-quantised image latents
 A latent pixel of a VQGAN (**VQ**) is one of the K entries of a codebook. A product-quantised one (**PQ**, the paper's
 PQGAN) has S parts, each one of the K entries of a codebook of its own. **KL** has the continuous latents of Stable

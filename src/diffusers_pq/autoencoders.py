@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 
+import diffusers
 import torch
 import torch.nn as nn
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderRAE
@@ -52,6 +53,31 @@ def load_autoencoder(path_or_repo: str, **hub_kwargs) -> nn.Module:
         ValueError: if the class is unknown or the weights do not fit the config.
     """
     return load_whole_model(autoencoder_class(path_or_repo, **hub_kwargs), path_or_repo, **hub_kwargs).eval()
+
+
+def load_pretrained(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Module:
+    """
+    Load an image autoencoder of any class of diffusers, or one of `AUTOENCODERS`, in eval mode.
+
+    Args:
+        pretrained_model_name_or_path (`str`): Folder or Hub repository.
+        hub_kwargs: `subfolder`, `revision`, `variant` and others of `from_pretrained`.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if it is no autoencoder, or the weights do not fit its config.
+    """
+    with folder_or_hub(pretrained_model_name_or_path):
+        class_name = PQModel.load_config(pretrained_model_name_or_path, **hub_kwargs).get("_class_name")
+    if class_name in AUTOENCODERS:
+        return load_autoencoder(pretrained_model_name_or_path, **hub_kwargs)
+    model_class = getattr(diffusers, str(class_name), None)
+    if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
+        raise ValueError(f"{pretrained_model_name_or_path} holds {class_name}, which is no autoencoder of diffusers.")
+    model, info = model_class.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **hub_kwargs)
+    if info["missing_keys"]:
+        raise ValueError(f"The weights of {pretrained_model_name_or_path} lack {info['missing_keys']}.")
+    return model.eval()
 
 
 def load_whole_model(model_class: type, path_or_repo: str | os.PathLike, **hub_kwargs) -> nn.Module:

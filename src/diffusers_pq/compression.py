@@ -106,7 +106,7 @@ def pack_codes(model: PQModel, codes: torch.LongTensor, size: tuple[int, int]) -
             f"`codes` of a picture of {size[0]} x {size[1]} pixels must have shape {[1, *shape]}, but have shape "
             f"{list(codes.shape)}."
         )
-    model.quantizer._check_codes(codes)
+    model.quantizer.check_codes(codes)
     encoder, weights = stream.queue.RangeEncoder(), _start_weights(model)
     for pixel in codes[0].flatten(1).T.contiguous().int().cpu().numpy():
         encoder.encode(pixel, _DISTRIBUTIONS, weights)

@@ -101,7 +101,7 @@ def pad_to_multiple(images: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def check_picture_output(path: str | os.PathLike, *inputs: str | os.PathLike):
-    """[`~diffusers_pq.files.check_output`] of a picture, whose format follows the suffix of `path`."""
+    """`diffusers_pq.files.check_output` of a picture, whose format follows the suffix of `path`."""
     check_output(path, *inputs)
     PIL.Image.init()
     suffix = os.path.splitext(path)[1].lower()

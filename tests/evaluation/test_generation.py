@@ -21,6 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusers_pq import LatentDiffusionPQPipeline
 from diffusers_pq.evaluation import generation
+from diffusers_pq.evaluation.data import EvaluationData
 from diffusers_pq.evaluation.generation import (
     Sampling,
     add_references,
@@ -28,7 +29,6 @@ from diffusers_pq.evaluation.generation import (
     measure_samples,
     run_generation_evaluation,
 )
-from diffusers_pq.evaluation.reconstruction import EvaluationData
 from diffusers_pq.metrics import CMMD, FID
 
 

@@ -23,19 +23,12 @@ from torchmetrics import MetricCollection
 from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import downsampling_factor
 from diffusers_pq.evaluation import reconstruction
-from diffusers_pq.evaluation.reconstruction import (
-    EvaluationData,
-    EvaluationProgress,
-    check_settings,
-    data_flags,
-    describe_latents,
-    evaluate_autoencoder,
-    read_results,
-    results_table,
-    run_evaluation,
-    write_table,
-)
+from diffusers_pq.evaluation.data import EvaluationData, data_flags
+from diffusers_pq.evaluation.options import parse_reconstruction_args
+from diffusers_pq.evaluation.progress import EvaluationProgress, check_settings
+from diffusers_pq.evaluation.reconstruction import describe_latents, evaluate_autoencoder, run_evaluation
 from diffusers_pq.evaluation.systems import load_for_evaluation
+from diffusers_pq.evaluation.tables import read_results, results_table, write_table
 from diffusers_pq.images import to_uint8
 from diffusers_pq.metrics import METRICS, CodebookUsage, load_metrics, psnr, ssim
 from diffusers_pq.reconstruction import reconstruct, reconstruct_picture
@@ -348,6 +341,15 @@ def test_a_stopped_evaluation_goes_on_where_it_last_saved(shards, streaming, tmp
     assert scores.keys() > {"psnr", "rfid", "cmmd", "H_n"} and scores == pytest.approx(whole[0], rel=1e-9)
 
 
+def test_the_former_name_of_a_resize_mode_still_works(tmp_path):
+    assert EvaluationData(data_dir="pictures", resize_mode="crop").resize_mode == "short_side"
+    args = parse_reconstruction_args(
+        ["--pretrained_model_name_or_path", "a", "--data_dir", "b", "--resize_mode", "crop"]
+    )
+    assert args.resize_mode == "short_side"
+    check_settings({"resize_mode": "crop"}, {"resize_mode": "short_side"}, tmp_path)
+
+
 def test_an_evaluation_with_other_settings_is_not_gone_on_with(tmp_path):
     metrics, _ = load_metrics(LOCAL_METRICS)
     EvaluationProgress(tmp_path, 0, {"batch_size": 2, "split": "test"}).save(metrics, batches=1, pictures=2)
@@ -472,7 +474,7 @@ def test_the_papers_protocol_sets_what_its_authors_do_and_is_not_contradicted(ph
     assert args.inception_antialias and args.metrics == list(METRICS)
     script["main"](script["parse_args"]([*flags, "--metrics", "psnr_pooled", "--dataloader_num_workers", "0"]))
     (result,) = read_results(tmp_path / "out")
-    assert data_flags(result) == {"protocol": "paper", "data_dir": photographs.data_dir, "resolution": 32}
+    assert data_flags(result["settings"]) == {"protocol": "paper", "data_dir": photographs.data_dir, "resolution": 32}
     assert "32 x 32, stretched, by the protocol of the paper, 7 pictures" in capsys.readouterr().out
     assert (tmp_path / "out" / "kl" / "photographs-validation-32-paper" / "results.json").is_file()
     data = replace(photographs, resize_mode="stretch", image_interpolation_mode="bilinear")

@@ -14,7 +14,6 @@ from test_conversion import DDCONFIG, make_original
 from test_reconstruction import SCRIPT, photographs  # noqa: F401 (a fixture)
 
 from diffusers_pq.autoencoders import downsampling_factor
-from diffusers_pq.evaluation.reconstruction import read_results
 from diffusers_pq.evaluation.systems import (
     KNOWN,
     REFERENCES,
@@ -23,6 +22,7 @@ from diffusers_pq.evaluation.systems import (
     references_table,
     systems_table,
 )
+from diffusers_pq.evaluation.tables import read_results
 from diffusers_pq.reconstruction import reconstruct
 
 

@@ -341,7 +341,7 @@ def test_the_overhead_is_the_time_of_the_quantiser_over_that_of_the_rest(tmp_pat
 
     script = runpy.run_path(str(OVERHEAD))
     script["main"].__globals__["measure_seconds"] = measure
-    monkeypatch.setattr(search, "_COMPILE_AFTER", search._COMPILE_AFTER)
+    monkeypatch.setattr(search, "COMPILE_AFTER", search.COMPILE_AFTER)
     (tmp_path / "config.json").write_text(json.dumps(tiny_config() | {"_class_name": "PQModel"}))
     flags = ["--model", tmp_path, "--latent_channels", 8, "--num_subspaces", "d/2", "--codebook_size", 16]
     flags += ["--pixels", 32, "--output_dir", tmp_path / "out"]

@@ -19,7 +19,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from diffusers_pq import PQModel, StableDiffusionPQPipeline
-from diffusers_pq.evaluation.reconstruction import EvaluationData, results_table, run_evaluation
+from diffusers_pq.evaluation.data import EvaluationData
+from diffusers_pq.evaluation.reconstruction import run_evaluation
+from diffusers_pq.evaluation.tables import results_table
 from diffusers_pq.files import read_json
 from diffusers_pq.hub.cards import CardRepository, hub_id, main, write_configuration
 from diffusers_pq.hub.push import check_folder

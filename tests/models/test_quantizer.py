@@ -55,7 +55,7 @@ def test_chunked_search_gives_the_same_codes(monkeypatch):
 
 @pytest.mark.parametrize("num_subspaces", [1, 2, 4])
 def test_compiled_search_equals_float64_brute_force(num_subspaces, monkeypatch, no_fallback):
-    monkeypatch.setattr(search, "_COMPILE_AFTER", 0)
+    monkeypatch.setattr(search, "COMPILE_AFTER", 0)
     torch.manual_seed(0)
     quantizer = ProductQuantizer(8, num_subspaces, 37).eval()
     for shape in ((3, 8, 5, 7), (1, 8, 6, 6), (2, 8, 9, 4)):  # the later ones meet kernels for any size
@@ -64,7 +64,7 @@ def test_compiled_search_equals_float64_brute_force(num_subspaces, monkeypatch, 
 
 
 def test_search_is_compiled_once_it_has_cost_enough(monkeypatch):
-    monkeypatch.setattr(search, "_COMPILE_AFTER", 2.5 * 4 * 10 * 16)
+    monkeypatch.setattr(search, "COMPILE_AFTER", 2.5 * 4 * 10 * 16)
     vectors, codebooks = torch.randn(1, 4, 2, 10), torch.randn(4, 16, 2)
     chosen = [search._choose_search(vectors, codebooks, False) for _ in range(3)]
     assert chosen == [search._product_search, search._product_search, search._compiled_search]
@@ -96,7 +96,7 @@ def test_without_a_compiler_the_search_goes_on(monkeypatch, caplog):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(search, "_compiled", no_compiler)
-    monkeypatch.setattr(search, "_COMPILE_AFTER", 0)
+    monkeypatch.setattr(search, "COMPILE_AFTER", 0)
     vectors, codebooks = torch.randn(1, 4, 2, 10), torch.randn(4, 16, 2)
     expected = search._product_search(vectors, codebooks)
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_codes_of_nan_latents_are_valid_in_training(num_subspaces, compiled, mon
 @pytest.mark.parametrize("dimension", [2, 4, 8])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_memory_does_not_grow_with_the_codebooks(compiled, dimension, monkeypatch, no_fallback):
-    monkeypatch.setattr(search, "_COMPILE_AFTER", 0 if compiled else 2**60)
+    monkeypatch.setattr(search, "COMPILE_AFTER", 0 if compiled else 2**60)
     vectors = torch.randn(1, 16, dimension, 4096)
     peaks = []
     for size in (64, 512):
@@ -218,7 +218,7 @@ def operators(function):
 
 
 def test_the_search_takes_a_handful_of_kernels_whatever_the_number_of_subspaces(monkeypatch):
-    monkeypatch.setattr(search, "_COMPILE_AFTER", 0)
+    monkeypatch.setattr(search, "COMPILE_AFTER", 0)
     names = []
     for num_subspaces in (4, 64):
         vectors, codebooks = torch.randn(1, num_subspaces, 2, 256), torch.randn(num_subspaces, 128, 2)

@@ -162,7 +162,7 @@ _DISTANCES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 _MAX_FUSED_DIMENSION = 16
 # The fused search is compiled once a shape of codebooks has cost so many distances (a few seconds on a CPU's core):
 # compiling takes seconds too, which a single picture would never earn back.
-_COMPILE_AFTER = 2**31
+COMPILE_AFTER = 2**31
 # In training it is compiled at once, if a search takes at least so many distances: a choice that a run which resumes
 # makes in the same way, since the kernels may break near ties differently.
 _COMPILE_TRAINING_FROM = 2**22
@@ -232,7 +232,7 @@ def _choose_search(vectors: torch.Tensor, codebooks: torch.Tensor, training: boo
         return _product_search
     distances = vectors[:, :, 0].numel() * codebooks.shape[1]
     _distances_so_far[key] += distances
-    worth_compiling = distances >= _COMPILE_TRAINING_FROM if training else _distances_so_far[key] > _COMPILE_AFTER
+    worth_compiling = distances >= _COMPILE_TRAINING_FROM if training else _distances_so_far[key] > COMPILE_AFTER
     return _compiled_search if worth_compiling else _product_search
 
 
@@ -460,7 +460,7 @@ class ProductQuantizer(nn.Module):
         Raises:
             ValueError: if the codes are not integers, have the wrong shape or lie outside `[0, codebook_size)`.
         """
-        self._check_codes(codes)
+        self.check_codes(codes)
         # Through `forward`, since what brings offloaded codebooks here are hooks on it.
         return self.forward(codes=codes)
 
@@ -488,7 +488,7 @@ class ProductQuantizer(nn.Module):
         """
         if codes is not None:
             return self._lookup(codes)
-        self._check_latents(latents)
+        self.check_latents(latents)
         if self._is_fusable(latents):
             return self._quantize_fused(latents)
         with torch.autocast(latents.device.type, enabled=False):
@@ -512,7 +512,11 @@ class ProductQuantizer(nn.Module):
         size = latents.shape[2:]
         return ProductQuantizerOutput(latents=z_q.unflatten(2, size), codes=codes.unflatten(2, size), loss=loss)
 
-    def _check_latents(self, latents: torch.Tensor):
+    def check_latents(self, latents: torch.Tensor):
+        """
+        Raise a `ValueError` for latents of another shape than `(B, d, h, w)` and, outside training, on a CPU, for
+        values that are not finite.
+        """
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(
                 f"`latents` must have shape [batch, {self.latent_channels}, height, width] (latent_channels = "
@@ -527,7 +531,11 @@ class ProductQuantizer(nn.Module):
                 f"input or for an overflow in {latents.dtype}; bfloat16 or float32 avoids the latter."
             )
 
-    def _check_codes(self, codes: torch.LongTensor):
+    def check_codes(self, codes: torch.LongTensor):
+        """
+        Raise a `ValueError` for codes that are no integers of shape `(B, S, h, w)` or, outside training, not in
+        `[0, K)`.
+        """
         if codes.is_floating_point() or codes.ndim != 4 or codes.shape[1] != self.num_subspaces:
             raise ValueError(
                 f"`codes` must be integers of shape [batch, {self.num_subspaces}, height, width] (num_subspaces = "
@@ -771,7 +779,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         if not isinstance(act_fn, str):
             raise ValueError(f"`act_fn` must be the name of an activation function, but is {act_fn!r}.")
         _check_levels(block_out_channels, down_block_types=down_block_types, up_block_types=up_block_types)
-        _check_statistics(latent_channels, "latent", latents_mean=latents_mean, latents_std=latents_std)
+        check_statistics(latent_channels, "latent", latents_mean=latents_mean, latents_std=latents_std)
         _check_image_statistics(in_channels, out_channels, image_mean, image_std)
         z_channels = z_channels or latent_channels
 
@@ -888,7 +896,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         if quantize:
             z = self.quantizer(z).latents
         else:
-            self.quantizer._check_latents(z)
+            self.quantizer.check_latents(z)
         sample = self._sliced(self._decode, z)
         if not return_dict:
             return (sample,)
@@ -937,7 +945,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         def encode_tile(tile):
-            return self.quant_conv(self.encoder(_fastest_layout(tile))).contiguous()
+            return self.quant_conv(self.encoder(fastest_layout(tile))).contiguous()
 
         x = self._normalize_images(x)
         if self.use_tiling and max(x.shape[-2:]) > self.tile_sample_min_size:
@@ -947,7 +955,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         def decode_tile(tile):
-            return self.decoder(self.post_quant_conv(_fastest_layout(tile))).contiguous()
+            return self.decoder(self.post_quant_conv(fastest_layout(tile))).contiguous()
 
         if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
             scale = self.downsampling_factor
@@ -1007,7 +1015,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             )
 
 
-def _fastest_layout(x: torch.Tensor) -> torch.Tensor:
+def fastest_layout(x: torch.Tensor) -> torch.Tensor:
     """On a CPU channels_last, which saves up to a third of the time (`benchmarks/model_speed.py`); else as it is."""
     if x.device.type != "cpu" or is_exporting():  # what is exported need not run here
         return x
@@ -1036,7 +1044,8 @@ def _check_levels(block_out_channels: tuple[int, ...], **block_types: tuple[str,
             )
 
 
-def _check_statistics(channels: int, kind: str, **statistics: list[float] | None):
+def check_statistics(channels: int, kind: str, **statistics: list[float] | None):
+    """Raise a `ValueError` for means or deviations by name that do not fit so many channels, or are not positive."""
     for name, values in statistics.items():
         if values is not None and len(values) != channels:
             raise ValueError(
@@ -1052,7 +1061,7 @@ def _check_image_statistics(
     if (image_mean is None) != (image_std is None):
         raise ValueError(f"`image_mean` and `image_std` must be given together, but are {image_mean} and {image_std}.")
     for channels in (in_channels, out_channels):
-        _check_statistics(channels, "colour", image_mean=image_mean, image_std=image_std)
+        check_statistics(channels, "colour", image_mean=image_mean, image_std=image_std)
 
 
 # Where the package is installed, its own class is the one that its pipelines know.

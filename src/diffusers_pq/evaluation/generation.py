@@ -26,7 +26,9 @@ from ..measuring import describe_machine
 from ..metrics import load_metrics
 from ..pipelines.pipeline_latent_diffusion_pq import LatentDiffusionPQPipeline
 from ..pipelines.pipeline_masked_pq import MaskedPQPipeline
-from .reconstruction import RESULTS_FILE, EvaluationData, EvaluationProgress, check_settings
+from .data import EvaluationData
+from .progress import EvaluationProgress, check_settings
+from .tables import RESULTS_FILE
 
 
 # What a distance of generated pictures is called -> its name among the metrics of reconstructions.

@@ -5,7 +5,7 @@ import argparse
 from ..data.pictures import INTERPOLATION_MODES
 from ..flags import COUNT, COUNT_OR_NONE, SCALE, SEED, FlagParser, number, output_folder
 from ..metrics import DEFAULT_METRICS, METRICS
-from .reconstruction import PROTOCOLS, RESIZE_MODES
+from .data import PROTOCOLS, RESIZE_MODES, resize_mode
 from .systems import KNOWN, references_table, systems_table
 
 
@@ -43,6 +43,7 @@ def parse_reconstruction_args(argv: list[str] | None = None, description: str | 
     data.add_argument("--resolution", type=COUNT, default=256, help="side of the pictures, in pixels")
     data.add_argument(
         "--resize_mode",
+        type=resize_mode,
         choices=RESIZE_MODES,
         default="short_side",
         help="to a square: resize the short side and take the centre, or resize to a square as the paper's authors do",

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch.nn as nn
 
-from ..autoencoders import AUTOENCODERS, load_autoencoder
+from ..autoencoders import load_pretrained
 from ..conversion import AUTHORS_CHECKPOINTS, AUTHORS_REPOSITORY, load_original_autoencoder
-from ..files import folder_or_hub, read_json
+from ..files import read_json
 from ..metrics import bits_per_code
-from ..models.autoencoder_pq import PQModel
+from ..tables import markdown_table
 
 
 _SCORES = ("psnr", "rfid", "cmmd", "lpips_alex")
@@ -328,7 +327,7 @@ _MEASURED = ("psnr_pooled", "ssim", "rfid")
 
 def load_for_evaluation(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Module:
     """
-    Load an image autoencoder of diffusers or a [`PQModel`] in eval mode.
+    Load an image autoencoder of diffusers or a [`~diffusers_pq.PQModel`] in eval mode.
 
     Args:
         pretrained_model_name_or_path (`str`): Name of one of the `KNOWN` systems, folder or Hub repository.
@@ -341,21 +340,6 @@ def load_for_evaluation(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.
     if pretrained_model_name_or_path in KNOWN:
         return KNOWN[pretrained_model_name_or_path].load()
     return load_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-
-
-def load_pretrained(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Module:
-    """As [`load_for_evaluation`], but of a folder or Hub repository only."""
-    with folder_or_hub(pretrained_model_name_or_path):
-        class_name = PQModel.load_config(pretrained_model_name_or_path, **hub_kwargs).get("_class_name")
-    if class_name in AUTOENCODERS:
-        return load_autoencoder(pretrained_model_name_or_path, **hub_kwargs)
-    model_class = getattr(diffusers, str(class_name), None)
-    if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
-        raise ValueError(f"{pretrained_model_name_or_path} holds {class_name}, which is no autoencoder of diffusers.")
-    model, info = model_class.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **hub_kwargs)
-    if info["missing_keys"]:
-        raise ValueError(f"The weights of {pretrained_model_name_or_path} lack {info['missing_keys']}.")
-    return model.eval()
 
 
 def systems_table() -> str:
@@ -399,5 +383,4 @@ def _is_on_imagenet(result: dict) -> bool:
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, ["---"] * len(columns), *cells))
+    return markdown_table(columns, [["-" if cell is None else cell for cell in row] for row in rows]) + "\n"

@@ -21,6 +21,7 @@ from ..files import read_json, replacing
 from ..flags import FlagParser
 from ..models.autoencoder_pq import PQModel
 from ..models.widening import widen_unet
+from ..tables import markdown_table
 from .code import write_present_code
 from .push import build_model, class_name, has_weights
 
@@ -164,9 +165,8 @@ def _validation_entries(validation: dict, task: str) -> list[EvalResult]:
 def _scores_table(scores: dict[str, dict[str, float]]) -> str:
     """Markdown: a row for each run, of the first run's scores."""
     names = list(next(iter(scores.values())))
-    lines = [["run", *names], ["---"] * (len(names) + 1)]
-    lines += [[run, *(f"{row[name]:.5g}" for name in names)] for run, row in scores.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[run, *(f"{row[name]:.5g}" for name in names)] for run, row in scores.items()]
+    return markdown_table(["run", *names], lines)
 
 
 def write_configuration(
@@ -285,7 +285,7 @@ class CardRepository:
         )
 
     def _evaluation(self, folder: Path, path: Path) -> dict:
-        from ..evaluation.reconstruction import results_table  # which needs the libraries of `diffusers_pq[eval]`
+        from ..evaluation.tables import results_table  # which needs the libraries of `diffusers_pq[eval]`
 
         result = read_json(path)
         if result["settings"]["weights_sha256"] != weights_digest(load_autoencoder(str(folder))):
@@ -301,9 +301,9 @@ class CardRepository:
 
 
 def _evaluation_command(result: dict) -> str:
-    from ..evaluation.reconstruction import data_flags
+    from ..evaluation.data import data_flags
 
-    flags = {"pretrained_model_name_or_path": result["model"]} | data_flags(result)
+    flags = {"pretrained_model_name_or_path": result["model"]} | data_flags(result["settings"])
     given = [f"--{name} {value}" for name, value in flags.items()]
     return " \\\n    ".join(["accelerate launch training_scripts/evaluate_reconstruction.py", *given])
 

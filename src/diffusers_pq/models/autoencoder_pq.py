@@ -143,7 +143,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         if not isinstance(act_fn, str):
             raise ValueError(f"`act_fn` must be the name of an activation function, but is {act_fn!r}.")
         _check_levels(block_out_channels, down_block_types=down_block_types, up_block_types=up_block_types)
-        _check_statistics(latent_channels, "latent", latents_mean=latents_mean, latents_std=latents_std)
+        check_statistics(latent_channels, "latent", latents_mean=latents_mean, latents_std=latents_std)
         _check_image_statistics(in_channels, out_channels, image_mean, image_std)
         z_channels = z_channels or latent_channels
 
@@ -260,7 +260,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         if quantize:
             z = self.quantizer(z).latents
         else:
-            self.quantizer._check_latents(z)
+            self.quantizer.check_latents(z)
         sample = self._sliced(self._decode, z)
         if not return_dict:
             return (sample,)
@@ -309,7 +309,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         def encode_tile(tile):
-            return self.quant_conv(self.encoder(_fastest_layout(tile))).contiguous()
+            return self.quant_conv(self.encoder(fastest_layout(tile))).contiguous()
 
         x = self._normalize_images(x)
         if self.use_tiling and max(x.shape[-2:]) > self.tile_sample_min_size:
@@ -319,7 +319,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         def decode_tile(tile):
-            return self.decoder(self.post_quant_conv(_fastest_layout(tile))).contiguous()
+            return self.decoder(self.post_quant_conv(fastest_layout(tile))).contiguous()
 
         if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
             scale = self.downsampling_factor
@@ -379,7 +379,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             )
 
 
-def _fastest_layout(x: torch.Tensor) -> torch.Tensor:
+def fastest_layout(x: torch.Tensor) -> torch.Tensor:
     """On a CPU channels_last, which saves up to a third of the time (`benchmarks/model_speed.py`); else as it is."""
     if x.device.type != "cpu" or is_exporting():  # what is exported need not run here
         return x
@@ -408,7 +408,8 @@ def _check_levels(block_out_channels: tuple[int, ...], **block_types: tuple[str,
             )
 
 
-def _check_statistics(channels: int, kind: str, **statistics: list[float] | None):
+def check_statistics(channels: int, kind: str, **statistics: list[float] | None):
+    """Raise a `ValueError` for means or deviations by name that do not fit so many channels, or are not positive."""
     for name, values in statistics.items():
         if values is not None and len(values) != channels:
             raise ValueError(
@@ -424,4 +425,4 @@ def _check_image_statistics(
     if (image_mean is None) != (image_std is None):
         raise ValueError(f"`image_mean` and `image_std` must be given together, but are {image_mean} and {image_std}.")
     for channels in (in_channels, out_channels):
-        _check_statistics(channels, "colour", image_mean=image_mean, image_std=image_std)
+        check_statistics(channels, "colour", image_mean=image_mean, image_std=image_std)

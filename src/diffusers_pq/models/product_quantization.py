@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 from ..images import to_rgb, to_tensor
-from .autoencoder_pq import PQModel, _check_statistics
+from .autoencoder_pq import PQModel, check_statistics
 from .kmeans import as_latents, fit_rotation, kmeans_codebooks
 from .quantizer import ProductQuantizer, ProductQuantizerOutput
 
@@ -36,7 +36,7 @@ class RotatedProductQuantizer(ProductQuantizer):
     ) -> ProductQuantizerOutput | torch.Tensor:
         if codes is not None:
             return _mix_channels(super().forward(codes=codes), self.rotation.T)
-        self._check_latents(latents)
+        self.check_latents(latents)
         output = super().forward(_mix_channels(latents, self.rotation))
         output.latents = _mix_channels(output.latents, self.rotation.T).to(latents.dtype)
         return output
@@ -92,7 +92,7 @@ class QuantizedAutoencoder(PQModel):
         image_std: list[float] | None = None,
     ):
         ModelMixin.__init__(self)  # the parent's would build networks of its own
-        _check_statistics(latent_channels, "latent", latents_mean=latents_mean, latents_std=latents_std)
+        check_statistics(latent_channels, "latent", latents_mean=latents_mean, latents_std=latents_std)
         known = getattr(diffusers, autoencoder_class, None)
         if not (isinstance(known, type) and issubclass(known, ModelMixin) and autoencoder_class.startswith("Auto")):
             raise ValueError(

@@ -126,7 +126,7 @@ class ProductQuantizer(nn.Module):
         Raises:
             ValueError: if the codes are not integers, have the wrong shape or lie outside `[0, codebook_size)`.
         """
-        self._check_codes(codes)
+        self.check_codes(codes)
         # Through `forward`, since what brings offloaded codebooks here are hooks on it.
         return self.forward(codes=codes)
 
@@ -154,7 +154,7 @@ class ProductQuantizer(nn.Module):
         """
         if codes is not None:
             return self._lookup(codes)
-        self._check_latents(latents)
+        self.check_latents(latents)
         if self._is_fusable(latents):
             return self._quantize_fused(latents)
         with torch.autocast(latents.device.type, enabled=False):
@@ -178,7 +178,11 @@ class ProductQuantizer(nn.Module):
         size = latents.shape[2:]
         return ProductQuantizerOutput(latents=z_q.unflatten(2, size), codes=codes.unflatten(2, size), loss=loss)
 
-    def _check_latents(self, latents: torch.Tensor):
+    def check_latents(self, latents: torch.Tensor):
+        """
+        Raise a `ValueError` for latents of another shape than `(B, d, h, w)` and, outside training, on a CPU, for
+        values that are not finite.
+        """
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
             raise ValueError(
                 f"`latents` must have shape [batch, {self.latent_channels}, height, width] (latent_channels = "
@@ -193,7 +197,11 @@ class ProductQuantizer(nn.Module):
                 f"input or for an overflow in {latents.dtype}; bfloat16 or float32 avoids the latter."
             )
 
-    def _check_codes(self, codes: torch.LongTensor):
+    def check_codes(self, codes: torch.LongTensor):
+        """
+        Raise a `ValueError` for codes that are no integers of shape `(B, S, h, w)` or, outside training, not in
+        `[0, K)`.
+        """
         if codes.is_floating_point() or codes.ndim != 4 or codes.shape[1] != self.num_subspaces:
             raise ValueError(
                 f"`codes` must be integers of shape [batch, {self.num_subspaces}, height, width] (num_subspaces = "

@@ -20,7 +20,7 @@ _DISTANCES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 _MAX_FUSED_DIMENSION = 16
 # The fused search is compiled once a shape of codebooks has cost so many distances (a few seconds on a CPU's core):
 # compiling takes seconds too, which a single picture would never earn back.
-_COMPILE_AFTER = 2**31
+COMPILE_AFTER = 2**31
 # In training it is compiled at once, if a search takes at least so many distances: a choice that a run which resumes
 # makes in the same way, since the kernels may break near ties differently.
 _COMPILE_TRAINING_FROM = 2**22
@@ -90,7 +90,7 @@ def _choose_search(vectors: torch.Tensor, codebooks: torch.Tensor, training: boo
         return _product_search
     distances = vectors[:, :, 0].numel() * codebooks.shape[1]
     _distances_so_far[key] += distances
-    worth_compiling = distances >= _COMPILE_TRAINING_FROM if training else _distances_so_far[key] > _COMPILE_AFTER
+    worth_compiling = distances >= _COMPILE_TRAINING_FROM if training else _distances_so_far[key] > COMPILE_AFTER
     return _compiled_search if worth_compiling else _product_search
 
 

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from accelerate.utils import DistributedType
 
-from ..autoencoders import downsampling_factor
+from ..autoencoders import downsampling_factor, load_pretrained
 from ..data.conditions import ClassLabels, class_names
-from ..evaluation.systems import load_pretrained
 from ..files import naming, read_json
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.class_conditioning import create_class_conditional_denoiser, num_classes, token_dimension
