@@ -1,6 +1,9 @@
 """`--help` and the ranges of the flags of every command, script, experiment and benchmark."""
 
 import argparse
+import ast
+import functools
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -86,6 +89,38 @@ def test_a_default_is_shown_as_one_would_give_it(text, shown):
     parser = FlagParser()
     parser.add_argument("--flag", default=shown, help="what it does")
     assert f"what it does (default: {text})" in parser.format_help()
+
+
+# Where a user or a test meets a flag. A script's own lines are no use of its flags, but its introduction is.
+GUIDES = [ROOT / "README.md", ROOT / "Makefile"]
+for folder in ("docs", "tests", "training_scripts", "experiments", "benchmarks"):
+    for suffix in ("md", "yaml", "ipynb", "py"):
+        GUIDES += sorted((ROOT / folder).rglob(f"*.{suffix}"))
+
+
+@functools.cache
+def used_in(path):
+    """The flags in a file; of a recipe, its keys."""
+    text = path.read_text(encoding="utf-8")
+    keys = re.findall(r"^(\w+):", text, re.MULTILINE) if path.suffix == ".yaml" else []
+    return {*re.findall(r"(?<![\w-])--[a-z][\w-]*", text), *(f"--{key}" for key in keys)}
+
+
+def unused(parser, script=None):
+    introduction = ast.get_docstring(ast.parse(script.read_text())) if script else ""
+    used = {*re.findall(r"--[a-z][\w-]*", introduction)}.union(*(used_in(path) for path in GUIDES if path != script))
+    flags = [action.option_strings for action in parser._actions if action.option_strings and action.dest != "help"]
+    return [names[0] for names in flags if not used.intersection(names)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_flag_of_a_script_is_in_a_recipe_a_guide_or_a_test(script, parser_of):
+    assert not unused(parser_of(script), script)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_of_a_command_is_in_a_guide_or_a_test(name):
+    assert not unused(COMMANDS[name])
 
 
 NONSENSE = [

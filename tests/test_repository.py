@@ -17,6 +17,15 @@ def test_the_tracked_files_are_light_to_clone():
     assert sum(sizes) < 48 * 2**20
 
 
+def test_no_file_holds_the_marks_of_a_merge():
+    folders = ("docs", "src", "pipelines", "training_scripts", "experiments", "benchmarks", "tests", "spaces")
+    files = [
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".yaml")
+    ]
+    marked = [path for path in files if re.search("^(<{7}|>{7}) ", path.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert not marked
+
+
 def test_the_front_page_is_short_and_has_a_light_picture():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(page.splitlines()) <= 120
