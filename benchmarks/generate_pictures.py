@@ -21,7 +21,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.flags import COUNT, DTYPES, SCALE, SEED, FlagParser, device, named
+from diffusers_pq.files import folder_or_hub
+from diffusers_pq.flags import COUNT, DTYPES, SCALE, SEED, FlagParser, device, named, output_file, output_folder
 
 
 def parse_args(argv=None):
@@ -39,10 +40,10 @@ def parse_args(argv=None):
     parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models")
     parser.add_argument(
-        "--output", type=Path, default=Path("outputs/demo/generated.png"), help="file of the grid, reduced"
+        "--output", type=output_file, default=Path("outputs/demo/generated.png"), help="file of the grid, reduced"
     )
     parser.add_argument(
-        "--pictures_dir", type=Path, help="folder for every picture in a file of its own, at full size"
+        "--pictures_dir", type=output_folder, help="folder for every picture in a file of its own, at full size"
     )
     return parser.parse_args(argv)
 
@@ -50,7 +51,8 @@ def parse_args(argv=None):
 def paint(source, args):
     """PIL pictures `[prompts][images]`, each from a seed of its own."""
     options = {"trust_remote_code": True, "dtype": getattr(torch, args.dtype)}
-    pipeline = DiffusionPipeline.from_pretrained(source, **options).to(args.device)
+    with folder_or_hub(source):
+        pipeline = DiffusionPipeline.from_pretrained(source, **options).to(args.device)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     count = args.num_images_per_prompt
     prompts = [prompt for prompt in args.prompts for _ in range(count)]

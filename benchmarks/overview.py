@@ -15,8 +15,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.figures import draw_overview, most_different_box
-from diffusers_pq.files import replacing
-from diffusers_pq.flags import COUNT, FlagParser, named
+from diffusers_pq.files import folder_or_hub, replacing
+from diffusers_pq.flags import COUNT, FlagParser, named, output_file
 from diffusers_pq.photographs import load_photographs
 from diffusers_pq.reconstruction import reconstruct_picture
 
@@ -51,7 +51,9 @@ def parse_args(argv=None):
     parser.add_argument("--pipeline", default="model_cards/pqsd-mini", help="text-to-image pipeline")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="what it paints")
     parser.add_argument("--num_inference_steps", type=COUNT, default=50, help="denoising steps of each picture")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overview.jpg"), help="file to write")
+    parser.add_argument(
+        "--output", type=output_file, default=Path("benchmarks/results/overview.jpg"), help="file to write"
+    )
     return parser.parse_args(argv)
 
 
@@ -64,7 +66,8 @@ def detail(title, photograph, models, side):
 
 
 def paint(source, prompts, steps):
-    pipeline = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
+    with folder_or_hub(source):
+        pipeline = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     seeds = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
     return dict(zip(prompts, pipeline(list(prompts), num_inference_steps=steps, generator=seeds).images))

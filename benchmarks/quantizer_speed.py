@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from diffusers_pq import PQModel, ProductQuantizer
+from diffusers_pq.autoencoders import autoencoder_class
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import replacing, write_json
 from diffusers_pq.flags import COUNT, DTYPES, FlagParser, device, output_folder
@@ -219,6 +220,8 @@ def draw(rows, path):
 
 def main(args):
     torch.set_num_threads(args.threads)
+    for path in args.models:
+        autoencoder_class(path)  # one that is missing is named now, not after minutes
     folder = args.output_dir or results_folder("benchmarks/results", args.device)
     where = {"date": datetime.date.today().isoformat(), "machine": describe_machine(args.device)}
     rows, models = [], []

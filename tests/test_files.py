@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_config
 from huggingface_hub import close_session, constants
 
-from diffusers_pq import PQModel
+from diffusers_pq import PQModel, files
 from diffusers_pq.autoencoders import create_autoencoder, load_autoencoder
 from diffusers_pq.cli import main
 from diffusers_pq.data.pictures import PictureSource
@@ -55,6 +55,13 @@ def test_a_file_that_is_missing_or_holds_something_else_is_named(tmp_path):
 def test_a_folder_that_does_not_exist_is_said_not_to(load, name):
     with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
         load(name)
+
+
+@pytest.mark.parametrize("name", ["", "/absent", "a/b/absent", "a b"])
+def test_the_hub_is_not_asked_for_what_can_be_no_repository(name, monkeypatch):
+    monkeypatch.setattr(files, "hub_is_reachable", lambda: pytest.fail("the Hub was asked"))
+    with pytest.raises(FileNotFoundError, match=f"^The folder {name} does not exist.$"), folder_or_hub(name):
+        pass
 
 
 def test_a_file_is_replaced_by_a_whole_one_only(tmp_path):

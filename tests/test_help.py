@@ -12,7 +12,7 @@ import pytest
 from test_console import SCRIPTS
 
 from diffusers_pq.cli import _build_parser
-from diffusers_pq.flags import FlagParser, device, output_folder
+from diffusers_pq.flags import FlagParser, device, output_file, output_folder
 from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions
 from diffusers_pq.training.masked import MaskedOptions
 from diffusers_pq.training.options import RunOptions
@@ -159,9 +159,10 @@ def test_an_absurd_value_ends_in_one_line_that_names_flag_and_value(name, flag, 
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_every_output_folder_is_checked_before_anything_is_done(script, parser_of):
+def test_every_output_is_checked_before_anything_is_done(script, parser_of):
     actions = [action for action in parser_of(script)._actions if action.dest == "output_dir"]
     assert script.name in TRAININGS or all(action.type is output_folder for action in actions)
+    assert all(action.type is output_file for action in parser_of(script)._actions if action.dest == "output")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -180,10 +181,12 @@ def _check_devices_and_precisions(parser):
         assert action.dest not in ("dtype", "mixed_precision") or action.choices
 
 
-def test_an_output_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
+def test_an_output_that_cannot_be_written_is_named_with_its_flag(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(argparse.ArgumentTypeError, match="file is a file"):
         output_folder(str(tmp_path / "file" / "folder"))
+    with pytest.raises(argparse.ArgumentTypeError, match="file is a file"):
+        output_file(str(tmp_path / "file" / "picture.png"))
     with pytest.raises(ValueError, match="--output_dir: .*file is a file"):
         RunOptions(output_dir=str(tmp_path / "file"))
     assert output_folder(str(tmp_path / "new")) == tmp_path / "new"

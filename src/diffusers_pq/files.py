@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session, httpx
+
+
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")  # on the Hub
 
 
 def check_output(path: str | os.PathLike, *inputs: str | os.PathLike):
@@ -115,13 +119,16 @@ def folder_or_hub(source: str | os.PathLike) -> Iterator[None]:
     cannot be reached.
 
     Raises:
-        FileNotFoundError: on an `OSError` within, if there is no such folder; says so first.
+        FileNotFoundError: if there is no such folder, and the name can be none on the Hub or an `OSError` is raised
+            within; says so first.
         ValueError: if a configuration in the folder is no JSON object; the message names the file.
     """
-    if Path(source).exists():
+    if str(source) and Path(source).exists():
         _check_configs(Path(source))
         yield
         return
+    if not _REPOSITORY.fullmatch(str(source)):
+        raise FileNotFoundError(f"The folder {source} does not exist.")
     is_offline = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = is_offline or not hub_is_reachable()
     try:

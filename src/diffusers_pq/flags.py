@@ -79,8 +79,19 @@ def output_folder(text: str) -> Path:
     """The type of flags that name a folder to write to, which may not exist yet."""
     from .files import check_output_folder  # which imports more than `--help` needs
 
+    return _checked_path(text, check_output_folder)
+
+
+def output_file(text: str) -> Path:
+    """The type of flags that name a file to write, or to replace."""
+    from .files import check_output
+
+    return _checked_path(text, check_output)
+
+
+def _checked_path(text, check):
     try:
-        check_output_folder(text)
+        check(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return Path(text)
