@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from datasets import Dataset
@@ -46,6 +47,7 @@ EXPECTED = [
     json.JSONDecodeError("Expecting value", "{", 1),
     DatasetGenerationError("An error occurred while generating the dataset"),
     SafetensorError("Error while deserializing header"),
+    huggingface_hub.utils.httpx.ConnectError("Name or service not known"),
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),

@@ -18,7 +18,8 @@ _TRACEBACK = "DIFFUSERS_PQ_TRACEBACK"
 _EXPECTED = (OSError, ValueError, TypeError, ImportError, FloatingPointError)
 _EXPECTED_OF = {
     "datasets.exceptions": "DatasetsError",
-    "httpx": "HTTPError",
+    "httpx": "HTTPError",  # of the Hub's client, whose later versions have the next
+    "httpx2": "HTTPError",
     "huggingface_hub.errors": "StrictDataclassError",
     "pickle": "PickleError",
     "safetensors": "SafetensorError",

@@ -21,6 +21,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file
 
+from .files import hub_tried_once
 from .models.autoencoder_pq import PQModel
 
 
@@ -233,7 +234,8 @@ def _fetch(path: str | os.PathLike, revision: str | None) -> Path:
         return Path(path)
     repository, name = found.groups()
     try:
-        return Path(hf_hub_download(repository, name, revision=revision))
+        with hub_tried_once():
+            return Path(hf_hub_download(repository, name, revision=revision))
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(f"The repository {repository} has no file {name}.") from error
     except httpx.TransportError as error:

@@ -129,14 +129,22 @@ def folder_or_hub(source: str | os.PathLike) -> Iterator[None]:
         return
     if not _REPOSITORY.fullmatch(str(source)):
         raise FileNotFoundError(f"The folder {source} does not exist.")
-    is_offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = is_offline or not hub_is_reachable()
     try:
-        yield
+        with hub_tried_once():
+            yield
     except OSError as error:
         raise FileNotFoundError(
             f"The folder {source} does not exist, and no such repository could be loaded from the Hub: {error}"
         ) from error
+
+
+@contextmanager
+def hub_tried_once() -> Iterator[None]:
+    """Around what loads from the Hub: from its cache alone while it cannot be reached."""
+    is_offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = is_offline or not hub_is_reachable()
+    try:
+        yield
     finally:
         constants.HF_HUB_OFFLINE = is_offline
 
