@@ -190,3 +190,11 @@ def test_an_empty_metadata_file_says_nothing_of_the_pictures(folder):
 def test_pictures_that_are_listed_but_not_there_are_warned_of(folder, caplog):
     load(folder("a.png", top=[("a.png", "a"), ("b.png", "b")]), "train", "text")
     assert "listed, but not there: 1 pictures, b.png" in caplog.text
+
+
+def test_what_a_folder_holds_is_logged_once(folder, caplog):
+    path = folder("a.png")
+    with caplog.at_level(logging.INFO):
+        load(path)
+        load(path)
+    assert caplog.text.count("1 pictures in the split 'train'") == 1

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import datasets
@@ -14,6 +14,7 @@ import PIL.Image
 
 
 logger = logging.getLogger(__name__)
+_log_once = cache(logger.log)  # a folder is loaded for each split, and more than once
 
 # Folders at the top that are splits; whatever lies elsewhere is for training. Nothing else in a name is a split: a
 # class may be called `train`, a picture `test.jpg`.
@@ -103,7 +104,8 @@ class PictureFolder:
         else:
             dataset = self._with_metadata(pictures, split, image_column, needs_metadata, cache_dir)
         others = Counter(_suffix(file) for file in set(self.files) - {*self.pictures, *self.metadata})
-        logger.info(
+        _log_once(
+            logging.INFO,
             "%s: %d pictures in the split %r. Files of other kinds, not read: %s.",
             self.path,
             len(dataset),
@@ -144,9 +146,8 @@ class PictureFolder:
             return rows
         if needs_metadata:
             number, names = len(unlisted), ", ".join(os.path.basename(path) for path in unlisted[:3])
-            logger.warning(
-                "%s: not read, since no metadata file lists them: %d pictures, %s, ...", self.path, number, names
-            )
+            message = "%s: not read, since no metadata file lists them: %d pictures, %s, ..."
+            _log_once(logging.WARNING, message, self.path, number, names)
             return rows
         rows = rows.select_columns([image_column])
         rest = datasets.Dataset.from_dict({image_column: unlisted}, features=rows.features)
@@ -156,7 +157,9 @@ class PictureFolder:
         absent = sorted(os.path.relpath(path, os.path.abspath(self.path)) for path in listed - set(self.files))
         if absent:
             names = ", ".join(absent[:3])
-            logger.warning("%s: listed, but not there: %d pictures, %s, ...", self.path, len(absent), names)
+            _log_once(
+                logging.WARNING, "%s: listed, but not there: %d pictures, %s, ...", self.path, len(absent), names
+            )
 
     def _with_archives(self, split, cache_dir) -> datasets.Dataset | None:
         files = {}
