@@ -188,3 +188,26 @@ def quantisation_overhead(record):
     times = f"a reconstruction of {record['pixels']} x {record['pixels']} pixels takes {rows.seconds.min():.1f} to"
     model = f"`{Path(record['model']).name}` with random weights; {times} {rows.seconds.max():.1f} s."
     return f"{where} {model}\n\n{markdown_table(head, lines)}"
+
+
+def product_quantization(record):
+    """Pictures and denoisers against the bits that codes of an autoencoder's latents take."""
+    rows = {}
+    for row in record["quantizers"]:
+        setting = row["num_subspaces"], row["codebook_size"], row["bits_per_latent_value"]
+        rows.setdefault(setting, {})[row["learned_rotation"]] = row
+    losses = {row["latents"]: row["loss"] for row in record["denoisers"]}
+    exact = losses.pop("exact")
+    lines = []
+    for (subspaces, size, bits), pair in rows.items():
+        loss = losses.get(f"{subspaces}:{size}")
+        scores = [f"{pair[rotated]['psnr']:.2f}" for rotated in (False, True)]
+        errors = [f"{pair[rotated]['relative_error']:.1%}" for rotated in (False, True)]
+        denoiser = "-" if loss is None else f"{loss:.4f} ({loss / exact - 1:+.1%})"
+        lines.append([subspaces, size, f"{bits:.2f}", f"{16 / bits:.1f} x", *scores, *errors, denoiser])
+    none = f"{record['psnr_without_quantisation']:.2f}"
+    lines.append(["-", "-", "16 (float16)", "1 x", none, none, "0.0%", "0.0%", f"{exact:.4f}"])
+    head = ("S", "K", "bits per latent value", "smaller than float16", "PSNR (dB)", "PSNR, rotation learned (dB)")
+    head += ("error of the latents", "error, rotation learned", "loss of a denoiser")
+    where = f"`{Path(record['model']).name}`, d = {record['latent_channels']}"
+    return f"{where}; {measured('experiments/product_quantization.py', record)}\n\n{markdown_table(head, lines)}"

@@ -48,6 +48,7 @@ TABLES = {
     "latent_diffusion": markdown_tables,
     "model_speed": result_tables.model_speed,
     "photographs": result_tables.photographs,
+    "product_quantization": result_tables.product_quantization,
     "quantisation_overhead": result_tables.quantisation_overhead,
     "quantizer_comparison": results_table,
     "quantizer_speed": result_tables.codebook_search,

@@ -14,6 +14,7 @@ from diffusers import (
     Flux2AutoBlocks,
     FluxAutoBlocks,
     ModularPipelineBlocks,
+    QwenImageAutoBlocks,
     SequentialPipelineBlocks,
     StableDiffusion3AutoBlocks,
     StableDiffusionXLAutoBlocks,
@@ -72,9 +73,20 @@ class PQEncodeStep(CodeBesideMixin, ModularPipelineBlocks):
         image = processor.preprocess(block_state.image, height=block_state.height, width=block_state.width)
         image = image.to(components._execution_device, vae.dtype)
         latents = vae.quantize(vae.encode(image).latents).latents
-        block_state.image_latents = vae.scale_latents(latents).to(vae.dtype)
+        block_state.image_latents = self.arrange(vae.scale_latents(latents).to(vae.dtype))
         self.set_block_state(state, block_state)
         return components, state
+
+    def arrange(self, latents: torch.Tensor) -> torch.Tensor:
+        """The form in which a family takes latents."""
+        return latents
+
+
+class PQFrameEncodeStep(PQEncodeStep):
+    """[`PQEncodeStep`] for Qwen-Image, whose latents are those of a video of one frame: `[B, d, 1, H/F, W/F]`."""
+
+    def arrange(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.unsqueeze(2)
 
 
 class PQAutoEncodeStep(CodeBesideMixin, AutoPipelineBlocks):
@@ -89,11 +101,36 @@ class PQAutoEncodeStep(CodeBesideMixin, AutoPipelineBlocks):
         return "Encodes pictures with the `PQModel`, if there are any"
 
 
+class PQAutoFrameEncodeStep(PQAutoEncodeStep):
+    """[`PQFrameEncodeStep`] if there is an `image`, else nothing."""
+
+    block_classes = [PQFrameEncodeStep]
+
+
+class PQLevelsStep(CodeBesideMixin, ModularPipelineBlocks):
+    """Tells F to the pipelines of Qwen-Image, which count an attribute that only their own autoencoder has."""
+
+    @property
+    def description(self) -> str:
+        return "Tells the pipeline the downsampling factor of the `PQModel`"
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [ComponentSpec("vae")]
+
+    @torch.no_grad()
+    def __call__(self, components, state: PipelineState) -> tuple:
+        vae = _pq_model(components)
+        vae.temperal_downsample = [False] * (vae.downsampling_factor.bit_length() - 1)
+        return components, state
+
+
 class PQDecodeStep(CodeBesideMixin, ModularPipelineBlocks):
     """
     Decodes the latents of a denoiser: their normalisation is undone, they are snapped to the codebooks, and decoded.
 
-    Latents are `[B, d, h, w]`, or as Flux 2 packs them, `[B, 4d, h/2, w/2]` in the order channel, row, column.
+    Latents are `[B, d, h, w]`; `[B, d, 1, h, w]`, as Qwen-Image has them; or as Flux 2 packs them, `[B, 4d, h/2, w/2]`
+    in the order channel, row, column.
     """
 
     @property
@@ -131,6 +168,8 @@ class PQDecodeStep(CodeBesideMixin, ModularPipelineBlocks):
     def decode(vae, latents: torch.Tensor, quantize_latents: bool) -> torch.Tensor:
         """Pictures `[B, 3, H, W]` in [-1, 1]. Models that overflow in float16 (`force_upcast`) compute in float32."""
         channels, dtype = vae.config.latent_channels, vae.dtype
+        if latents.ndim == 5:
+            latents = latents[:, :, 0]
         if latents.shape[1] == 4 * channels:
             latents = F.pixel_shuffle(latents, 2)
         if latents.shape[1] != channels:
@@ -229,6 +268,16 @@ class Flux2PQBlocks(PQBlocksMixin, Flux2AutoBlocks, SequentialPipelineBlocks):
         super().__init__()
         # Pictures are references there, not starting points.
         self.sub_blocks.pop("vae_encoder")
+
+
+class QwenImagePQBlocks(PQBlocksMixin, QwenImageAutoBlocks, SequentialPipelineBlocks):
+    """Qwen-Image: text-to-image and image-to-image."""
+
+    def __init__(self):
+        super().__init__()
+        self.sub_blocks["vae_encoder"] = PQAutoFrameEncodeStep()
+        self.sub_blocks.pop("controlnet_vae_encoder")
+        self.sub_blocks.insert("levels", PQLevelsStep(), 0)
 
 
 class ZImagePQBlocks(PQBlocksMixin, ZImageAutoBlocks, SequentialPipelineBlocks):

@@ -18,6 +18,7 @@ NAMES = {
     "Stable Diffusion 3, 3.5": "StableDiffusion3",
     "Flux.1": "Flux",
     "Flux.2": "Flux2",
+    "Qwen-Image": "QwenImage",
     "Z-Image": "ZImage",
 }
 TASKS = {"": "text-to-image", "Img2Img": "image-to-image", "Inpaint": "inpainting"}

@@ -1,5 +1,6 @@
 """Modular pipelines are saved and uploaded, and load and paint in a process where this package is not importable."""
 
+import PIL.Image
 import pytest
 import torch
 from alone import run_alone
@@ -48,7 +49,13 @@ def paint(name):
 names = [paint(name) for name in ("xl", "sd3")]
 assert names == ["StableDiffusionXLModularPipeline", "StableDiffusion3ModularPipeline"], names
 
-# The command of diffusers that packages blocks writes the same code and the same class.
+# The commands of diffusers: one runs the repository, ...
+sys.argv = ["diffusers-cli", "run", "--model", "org/xl", "--trust-remote-code", "--device-map", "cpu"]
+sys.argv += ["--pipeline-kwargs", '{"prompt": "a bus", "num_inference_steps": 2}', "--output-key", "images"]
+sys.argv += ["--output", f"{root}/painted.png"]
+main()
+
+# ... the other packages blocks, and writes the same code and the same class.
 os.chdir(f"{root}/cli")
 sys.argv = ["diffusers-cli", "custom_blocks", "--block_module_name", "modular_blocks_pq.py"]
 sys.argv += ["--block_class_name", "StableDiffusionXLPQBlocks"]
@@ -56,6 +63,7 @@ main()
 blocks = ModularPipelineBlocks.from_pretrained(f"{root}/cli", trust_remote_code=True)
 assert type(blocks.sub_blocks["decode"]).__name__ == "PQDecodeStep"
 blocks.save_pretrained(f"{root}/again")
+print("null")
 """
 
 
@@ -83,6 +91,8 @@ def test_repositories_load_and_paint_without_the_package(vae, tmp_path):
         run_alone(f"root = {str(tmp_path)!r}" + LOAD, **environment)
     finally:
         hub.close()
+    with PIL.Image.open(tmp_path / "painted.png") as painted:
+        assert painted.size == (32, 32)
     assert (tmp_path / "again/modular_blocks_pq.py").read_text() == code
     assert read_json(tmp_path / "cli/modular_config.json") == config
     assert (tmp_path / "cli/modular_model_index.json").is_file()

@@ -14,6 +14,7 @@ from diffusers_pq import (
     PQDecodeStep,
     PQEncodeStep,
     PQModel,
+    QwenImagePQBlocks,
     StableDiffusion3PQImg2ImgPipeline,
     StableDiffusion3PQPipeline,
     StableDiffusionXLPQBlocks,
@@ -42,6 +43,11 @@ def tiny_flux2(channels):
     return diffusers.Flux2Transformer2DModel(in_channels=4 * channels, timestep_guidance_channels=16, **sizes, **HEADS)
 
 
+def tiny_qwen(channels):
+    sizes = {"num_layers": 1, "joint_attention_dim": 16, "axes_dims_rope": (2, 2, 4)}
+    return diffusers.QwenImageTransformer2DModel(in_channels=4 * channels, out_channels=channels, **sizes, **HEADS)
+
+
 def tiny_z_image(channels):
     sizes = {"dim": 24, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16}
     axes = {"axes_dims": [4, 4, 4], "axes_lens": [64, 16, 16]}
@@ -57,6 +63,12 @@ FAMILIES = {
         True,
     ),
     "Flux 2": (Flux2PQBlocks, tiny_flux2, {"prompt_embeds": torch.ones(1, 3, 16)}, False),
+    "Qwen-Image": (
+        QwenImagePQBlocks,
+        tiny_qwen,
+        {"prompt_embeds": torch.ones(1, 3, 16), "prompt_embeds_mask": torch.ones(1, 3, dtype=torch.long)},
+        True,
+    ),
     "Z-Image": (ZImagePQBlocks, tiny_z_image, {"prompt_embeds": [torch.ones(3, 16)]}, True),
 }
 
@@ -105,6 +117,7 @@ def test_blocks_drop_into_the_pipelines_of_other_families(kind, vae):
     sides = {"height": 32, "width": 48}
     images, latents = pipeline(**prompts, **sides, **seeded(), output=["images", "latents"]).values()
     assert images.shape == (1, 3, 32, 48)
+    latents = latents.squeeze(2)  # of Qwen-Image, with frames
     if latents.shape[1] == 32:
         latents = diffusers.Flux2Pipeline._unpatchify_latents(latents)
     assert latents.shape == (1, 8, 8, 12)

@@ -108,7 +108,7 @@ MINI = {
     "masked-mini": (),
 }
 # Of what the paper does not train
-OWN = {"masked-f16": ()}
+OWN = {"masked-f16": (), "pqsdxl-quick": (), "pqsdxl-hr": ()}
 
 
 def table_4():
@@ -170,6 +170,14 @@ def test_recipes_of_pqsd_are_those_of_table_4(name, at_the_root):
     assert not args.random_flip and args.resize_mode == "short_side"
     factor = {"pqsd-precise": "f8"}.get(name, "f16-d256")
     assert args.vae_name_or_path == f"runs/pqgan-{factor}-768"
+
+
+@pytest.mark.parametrize(("name", "side"), [("pqsdxl-quick", 1024), ("pqsdxl-hr", 2048)])
+def test_recipes_of_stable_diffusion_xl_begin_with_the_outer_layers_and_end_at_their_size(name, side, at_the_root):
+    args = parse_recipe(RECIPE_FOLDER / f"{name}.yaml")
+    assert [stage.trained for stage in args.stages] == ["conv"] + ["all"] * (len(args.stages) - 1)
+    assert args.stages[-1].resolution == side and args.vae_name_or_path == "runs/pqgan-f16-d256-768"
+    assert args.max_train_steps == sum(stage.steps for stage in args.stages)
 
 
 @pytest.mark.parametrize("name", LDM)

@@ -20,6 +20,7 @@ from diffusers_pq.training.pqgan import PQGANOptions, train_pqgan
 from diffusers_pq.training.run import (
     build_lr_scheduler,
     create_accelerator,
+    fitting_batches,
     load_train_split,
     load_validation_split,
 )
@@ -36,6 +37,15 @@ def test_the_learning_rate_warms_up(name):
         optimizer.step()
         scheduler.step()
     assert rates == [0, 0.25, 0.5, 0.75, 1, 1]
+
+
+def test_a_dry_run_says_what_fits_on_which_card():
+    gib = 2**30
+    line = fitting_batches(held=20 * gib, gradients=5 * gib, peak=9 * gib, batch_size=2)
+    assert line == (
+        "cards, by the batch of 2 that was measured: 24 GB: too small, 40 GB: batches of up to 5, "
+        "80 GB: batches of up to 24"
+    )
 
 
 @pytest.fixture

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from scripts import run_script
 from test_checkpoints import poison
 
-from diffusers_pq import PQModel, StableDiffusionPQPipeline, widen_unet
+from diffusers_pq import PQModel, QuantizedAutoencoder, StableDiffusionPQPipeline, product_quantize, widen_unet
 from diffusers_pq.autoencoders import channel_weights, encode_latents, scale_latents, set_latent_statistics
 from diffusers_pq.data.latent_cache import load_cached_codes, pack_codes, unpack_codes
 from diffusers_pq.flags import parse
 from diffusers_pq.hub.push import check_folder
+from diffusers_pq.images import to_tensor
 from diffusers_pq.training.denoiser import Stage, find_stage
 from diffusers_pq.training.noise import denoising_loss
 from diffusers_pq.training.stable_diffusion import (
@@ -236,6 +237,29 @@ def test_trains_on_pictures_of_many_proportions_and_resumes_exactly(workspace):
         adapt(workspace, f"buckets-{step}", *extra, *checkpoint)
         resumed = unet_weights(workspace / f"buckets-{step}")
         assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
+
+
+def test_codes_of_a_kl_autoencoder_s_latents_are_cached_and_teach_nearly_the_same(workspace):
+    vae = AutoencoderKL.from_pretrained(workspace / "kl")
+    pictures = [PIL.Image.open(path) for path in sorted((workspace / "data" / "train").glob("*.png"))]
+    product_quantize(vae, pictures, num_subspaces=2, codebook_size=256).save_pretrained(workspace / "kl-codes")
+    cache = ("--train_data_dir", workspace / "data", "--min_image_side", 1, "--output_dir", workspace / "packed")
+    run("encode_dataset.py", "--vae_name_or_path", workspace / "kl-codes", *cache, "--resolution", 32)
+    extra = ("--center_crop", "--num_statistics_images", 0)
+    settings = {
+        "of-codes": ("--vae_name_or_path", workspace / "kl-codes"),
+        "of-cache": ("--vae_name_or_path", workspace / "kl-codes", "--latents_dir", workspace / "packed"),
+    }
+    weights = {}
+    for name, flags in settings.items():
+        adapt(workspace, name, *flags, *extra, stages="32:3:1e-3:all")
+        weights[name] = unet_weights(workspace / name)
+    assert all(torch.equal(value, weights["of-codes"][name]) for name, value in weights["of-cache"].items())
+    model = QuantizedAutoencoder.from_pretrained(workspace / "kl-codes")
+    image = to_tensor(pictures[0])[None, :, :32, :32]
+    latents = vae.encode(image).latent_dist.mode()
+    error = (model.quantize(latents).latents - latents).square().mean() / latents.var()
+    assert error < 0.1, "what the denoiser learns from is near the latents"
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,13 @@ def test_trains_with_everything_on_and_leaves_a_loadable_model(workspace):
 
 def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(workspace):
     result = run(workspace, "out", "--dry_run", "--gradient_accumulation_steps", "2")
-    for line in ("resolution: 32", "max_train_steps: 6", "discriminator: 2.77 M parameters", "GiB within a step"):
+    for line in (
+        "resolution: 32",
+        "max_train_steps: 6",
+        "discriminator: 2.77 M parameters",
+        "GiB within a step",
+        "24 GB: batches of",
+    ):
         assert line in result.stdout
     parameters = sum(parameter.numel() for parameter in PQModel(**tiny_config()).encoder.parameters())
     assert f"encoder: {parameters / 1e6:.2f} M parameters" in result.stdout

@@ -40,6 +40,9 @@ from .uploads import BestModel, HubUploads
 
 logger = logging.getLogger(__name__)
 
+# Memory of usual cards in GB, and what of it a training can use: CUDA itself and gaps between tensors take the rest.
+_CARDS = (24, 40, 80)
+_USABLE = 0.92
 _DRY_RUN_STEPS = 3  # whose median time is taken
 _MOST_HELD_BACK = 256
 # Flags that together make the pictures of a step, and the number of steps, which are compared instead.
@@ -568,7 +571,7 @@ def dry_run(
     seconds = measure_seconds(take_step, _DRY_RUN_STEPS, device, warm_up=0)
     if not accelerator.is_main_process:
         return
-    held = _held_bytes(models.values(), optimizers)
+    held = _held_bytes(models.values(), optimizers, accelerator.device)
     steps = options.optim.max_train_steps
     hours = seconds * steps / 3600
     given = {name: value for name, value in options.settings().items() if value is not None}
@@ -576,13 +579,35 @@ def dry_run(
     for name, model in models.items():
         print(f"{name}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
     print(f"memory: {held / 2**30:.2f} GiB weights and optimiser states + {peak / 2**30:.2f} GiB within a step")
+    learned = [value for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]]
+    gradients = sum(value.nbytes for value in learned if value.requires_grad)
+    print(fitting_batches(held, gradients, peak, options.optim.train_batch_size))
     print(f"time: {seconds:.3g} s a step, {hours:.3g} hours for {steps} steps")
     print(f"measured on {accelerator.num_processes} x {describe_machine(device)}")
 
 
-def _held_bytes(models, optimizers) -> int:
+def fitting_batches(held: int, gradients: int, peak: int, batch_size: int) -> str:
+    """
+    A line on the batches that fit on the `_CARDS`, by what one batch took.
+
+    Args:
+        held (`int`): Bytes that are held all the time.
+        gradients (`int`): Bytes of the gradients, whatever the batch.
+        peak (`int`): Bytes that a step took beyond `held`, its gradients included.
+        batch_size (`int`): Of that step.
+    """
+    each = max(1, (peak - gradients) / batch_size)
+    parts = []
+    for size in _CARDS:
+        count = int((_USABLE * size * 2**30 - held - gradients) / each)
+        parts.append(f"{size} GB: {f'batches of up to {count}' if count > 0 else 'too small'}")
+    return f"cards, by the batch of {batch_size} that was measured: {', '.join(parts)}"
+
+
+def _held_bytes(models, optimizers, device) -> int:
+    """What waits on another device is not counted."""
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     for optimizer in optimizers:
         for state in optimizer.state.values():
             tensors += [value for value in state.values() if torch.is_tensor(value)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
