@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     Flux2AutoBlocks,
+    Flux2KleinAutoBlocks,
+    Flux2KleinBaseAutoBlocks,
     FluxAutoBlocks,
     ModularPipelineBlocks,
     QwenImageAutoBlocks,
@@ -261,13 +263,24 @@ class FluxPQBlocks(PQBlocksMixin, FluxAutoBlocks, SequentialPipelineBlocks):
     """Flux.1: text-to-image and image-to-image."""
 
 
-class Flux2PQBlocks(PQBlocksMixin, Flux2AutoBlocks, SequentialPipelineBlocks):
-    """Flux.2: text-to-image."""
+class Flux2PQBlocksMixin(PQBlocksMixin):
+    """Put before all blocks of a kind of Flux.2: pictures are references there, not starting points, and left out."""
 
     def __init__(self):
         super().__init__()
-        # Pictures are references there, not starting points.
         self.sub_blocks.pop("vae_encoder")
+
+
+class Flux2PQBlocks(Flux2PQBlocksMixin, Flux2AutoBlocks, SequentialPipelineBlocks):
+    """Flux.2: text-to-image."""
+
+
+class Flux2KleinPQBlocks(Flux2PQBlocksMixin, Flux2KleinAutoBlocks, SequentialPipelineBlocks):
+    """Flux.2 Klein: text-to-image."""
+
+
+class Flux2KleinBasePQBlocks(Flux2PQBlocksMixin, Flux2KleinBaseAutoBlocks, SequentialPipelineBlocks):
+    """Flux.2 Klein, not distilled: text-to-image."""
 
 
 class QwenImagePQBlocks(PQBlocksMixin, QwenImageAutoBlocks, SequentialPipelineBlocks):

@@ -18,6 +18,8 @@ NAMES = {
     "Stable Diffusion 3, 3.5": "StableDiffusion3",
     "Flux.1": "Flux",
     "Flux.2": "Flux2",
+    "Flux.2 Klein": "Flux2Klein",
+    "Flux.2 Klein, base": "Flux2KleinBase",
     "Qwen-Image": "QwenImage",
     "Z-Image": "ZImage",
 }

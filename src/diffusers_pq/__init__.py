@@ -41,6 +41,8 @@ _PUBLIC = {
     "StableDiffusion3PQBlocks": ".pipelines.modular_blocks_pq",
     "FluxPQBlocks": ".pipelines.modular_blocks_pq",
     "Flux2PQBlocks": ".pipelines.modular_blocks_pq",
+    "Flux2KleinPQBlocks": ".pipelines.modular_blocks_pq",
+    "Flux2KleinBasePQBlocks": ".pipelines.modular_blocks_pq",
     "QwenImagePQBlocks": ".pipelines.modular_blocks_pq",
     "ZImagePQBlocks": ".pipelines.modular_blocks_pq",
     # diffusers finds out how to load a component of a third-party library by asking that library for these two.

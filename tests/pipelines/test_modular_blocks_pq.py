@@ -9,6 +9,8 @@ from tiny_pipelines import stable_diffusion_3, stable_diffusion_xl, tiny_kl
 
 import diffusers_pq
 from diffusers_pq import (
+    Flux2KleinBasePQBlocks,
+    Flux2KleinPQBlocks,
     Flux2PQBlocks,
     FluxPQBlocks,
     PQDecodeStep,
@@ -63,6 +65,8 @@ FAMILIES = {
         True,
     ),
     "Flux 2": (Flux2PQBlocks, tiny_flux2, {"prompt_embeds": torch.ones(1, 3, 16)}, False),
+    "Flux 2 Klein": (Flux2KleinPQBlocks, tiny_flux2, {"prompt_embeds": torch.ones(1, 3, 16)}, False),
+    "Flux 2 Klein, base": (Flux2KleinBasePQBlocks, tiny_flux2, {"prompt_embeds": torch.ones(1, 3, 16)}, False),
     "Qwen-Image": (
         QwenImagePQBlocks,
         tiny_qwen,
