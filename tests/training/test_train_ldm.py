@@ -135,7 +135,7 @@ def test_trains_a_dit_by_flow_matching_from_cached_codes(workspace):
 def test_two_processes_train_on_latents_of_other_autoencoders(workspace):
     numbers = ("--label_column", "number", "--max_train_steps", "1")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += [SCRIPTS / "train_ldm.py", *arguments(workspace, "kl-run", vae="kl"), *numbers]
+    command += [SCRIPTS / "train_ldm.py", *arguments(workspace, "kl-run", vae="kl"), *numbers, "--cache_latents"]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
     pipeline = LatentDiffusionPQPipeline.from_pretrained(workspace / "kl-run")
     assert isinstance(pipeline.vae, AutoencoderKL) and pipeline.vae.config.scaling_factor != 0.18215

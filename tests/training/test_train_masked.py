@@ -96,8 +96,10 @@ def test_trains_on_a_stream_of_pictures_resumes_exactly_and_paints_by_name(works
 def test_packed_codes_teach_what_their_pictures_do(workspace):
     train(workspace, "pictures", "--center_crop")
     train(workspace, "cached", "--center_crop", "--latents_dir", workspace / "codes")
+    train(workspace, "remembered", "--center_crop", "--cache_latents")
     expected = weights(workspace / "pictures")
-    assert all(torch.equal(value, expected[name]) for name, value in weights(workspace / "cached").items())
+    for output in ("cached", "remembered"):
+        assert all(torch.equal(value, expected[name]) for name, value in weights(workspace / output).items())
 
 
 def test_captions_condition_it_and_an_untrained_text_encoder_learns_along(workspace):
