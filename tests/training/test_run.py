@@ -20,6 +20,7 @@ from diffusers_pq.training.pqgan import PQGANOptions, train_pqgan
 from diffusers_pq.training.run import (
     build_lr_scheduler,
     create_accelerator,
+    dry_run,
     fitting_batches,
     load_train_split,
     load_validation_split,
@@ -46,6 +47,17 @@ def test_a_dry_run_says_what_fits_on_which_card():
         "cards, by the batch of 2 that was measured: 24 GB: too small, 40 GB: batches of up to 5, "
         "80 GB: batches of up to 24"
     )
+
+
+def test_a_dry_run_that_does_not_fit_says_what_is_needed_at_least():
+    model = torch.nn.Linear(2**12, 2**12, bias=False)  # 64 MiB
+    accelerator = Namespace(device=torch.device("cpu"))
+
+    def take_step():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(MemoryError, match="weights and gradients alone take 0.12 GiB; CUDA out of memory"):
+        dry_run(None, accelerator, {"model": model}, [torch.optim.AdamW(model.parameters())], take_step)
 
 
 @pytest.fixture

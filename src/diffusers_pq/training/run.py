@@ -564,11 +564,20 @@ def dry_run(
         models (`dict[str, nn.Module]`): Whose parameters are counted, by name.
         optimizers (`list`): Whose state is part of the memory that is always held.
         take_step: One optimisation step.
+
+    Raises:
+        MemoryError: if a step does not fit; the message says what is needed at least.
     """
     device = str(accelerator.device)
-    take_step()  # compiles, and allocates the optimisers' state
-    peak = measure_peak_bytes(take_step, device)
-    seconds = measure_seconds(take_step, _DRY_RUN_STEPS, device, warm_up=0)
+    learned = [value for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]]
+    gradients = sum(value.nbytes for value in learned if value.requires_grad)
+    try:
+        take_step()  # compiles, and allocates the optimisers' state
+        peak = measure_peak_bytes(take_step, device)
+        seconds = measure_seconds(take_step, _DRY_RUN_STEPS, device, warm_up=0)
+    except torch.OutOfMemoryError as error:
+        least = _held_bytes(models.values(), [], accelerator.device) + gradients
+        raise MemoryError(f"weights and gradients alone take {least / 2**30:.2f} GiB; {error}") from error
     if not accelerator.is_main_process:
         return
     held = _held_bytes(models.values(), optimizers, accelerator.device)
@@ -579,8 +588,6 @@ def dry_run(
     for name, model in models.items():
         print(f"{name}: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
     print(f"memory: {held / 2**30:.2f} GiB weights and optimiser states + {peak / 2**30:.2f} GiB within a step")
-    learned = [value for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]]
-    gradients = sum(value.nbytes for value in learned if value.requires_grad)
     print(fitting_batches(held, gradients, peak, options.optim.train_batch_size))
     print(f"time: {seconds:.3g} s a step, {hours:.3g} hours for {steps} steps")
     print(f"measured on {accelerator.num_processes} x {describe_machine(device)}")
