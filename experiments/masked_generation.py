@@ -11,7 +11,7 @@ steps T of masked transformers, the first one that of the comparison; `--orders`
 ablations on PQ codes.
 
 Trainings and samples stay in `--runs_dir`, and what is measured is written at once: a run that was stopped goes on.
-Writes masked_generation.json and masked_generation_samples.png.
+Writes masked_generation.json and masked_generation_samples.jpg.
 """
 
 import copy
@@ -329,7 +329,7 @@ def draw_sheet(args, record: dict, path: Path):
         axis.set_title(name, fontsize=6)
     figure.tight_layout(pad=0.3)
     with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=100)
+        figure.savefig(unfinished, dpi=100, format="jpeg", pil_kwargs={"quality": 80})
     plt.close(figure)
 
 
@@ -337,7 +337,7 @@ def publish(args):
     """Write the results so far."""
     record = collect(args)
     write_json(args.output_dir / "masked_generation.json", record)
-    draw_sheet(args, record, args.output_dir / "masked_generation_samples.png")
+    draw_sheet(args, record, args.output_dir / "masked_generation_samples.jpg")
     print(results_table(record), flush=True)
 
 

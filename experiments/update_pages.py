@@ -13,6 +13,7 @@ import pandas as pd
 import result_tables
 from claims import claims_table, findings_in_short, findings_table
 from latent_diffusion import markdown_tables
+from masked_generation import results_table as masked_generation_tables
 from quantizer_comparison import results_table
 from rate_distortion import at_equal_quality
 from sweep_report import judge, report
@@ -46,6 +47,7 @@ TABLES = {
     "codebook_remedies": result_tables.codebook_remedies,
     "generation_speed": result_tables.generation_speed,
     "latent_diffusion": markdown_tables,
+    "masked_generation": masked_generation_tables,
     "model_speed": result_tables.model_speed,
     "photographs": result_tables.photographs,
     "product_quantization": result_tables.product_quantization,

@@ -44,3 +44,12 @@ def test_the_citation_names_the_paper_and_its_authors():
     assert citation["license"] == "Apache-2.0" and {"cff-version", "message", "title", "authors"} <= citation.keys()
     paper = citation["preferred-citation"]
     assert [author["family-names"] for author in paper["authors"]] == ["Zavadski", "Tatsch", "Rother"]
+
+
+def test_no_file_holds_the_marks_of_a_merge_conflict():
+    if not (ROOT / ".git").exists():
+        pytest.skip("no clone")
+    found = subprocess.run(
+        ["git", "grep", "-nIE", "^(<<<<<<<|>>>>>>>) "], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 1, found.stdout

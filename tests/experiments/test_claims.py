@@ -11,6 +11,7 @@ from claims import (
     findings_in_short,
     findings_table,
     head_start,
+    index_tasks,
     overhead,
     reconstruction,
     speed,
@@ -51,6 +52,16 @@ def test_bottlenecks_of_one_rate_are_compared_over_seeds_and_close_ones_are_equa
     runs += [bottleneck("pq", 30, seed=1), bottleneck("kl", 29.96, seed=1)]
     assert equal_rate(runs).verdict == "yes, except for kl" and equal_rate(runs).basis == "2 seeds"
     assert equal_rate(runs).numbers == "pq 30.00, kl 28.98 dB"
+
+
+def test_index_based_tasks_are_judged_by_what_a_prior_learns():
+    def run(masked):
+        bits = {"masked": masked, "adaptive": 8.2, "uniform": 8.0}
+        return {"system": "masked-pq", "bits_per_code": bits, "settings": {"max_train_steps": 3}}
+
+    learned = index_tasks({"runs": [run(7.0), run(7.5), {"system": "diffusion-pq"}]})
+    assert learned.verdict == "no" and "takes 7.25 bits" in learned.numbers and "2 seeds, 3 steps" in learned.basis
+    assert index_tasks({"runs": [run(8.0)]}).verdict == "yes"
 
 
 def test_overhead_is_judged_by_what_it_grows_with():

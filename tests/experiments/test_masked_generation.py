@@ -79,10 +79,10 @@ def test_the_comparison_trains_measures_and_shows_what_was_not_done_before(tmp_p
     assert list(second["samples"]) == ["confidence-2"] and list(diffusion["samples"]) == ["diffusion-2"]
     assert first["bits_per_code"]["uniform"] == 4 and "bits_per_code" not in diffusion
     assert first["reconstructions"]["held_out"] >= 0 and "reconstructions" not in second
-    picture = (tmp_path / "masked_generation_samples.png").read_bytes()
+    picture = (tmp_path / "masked_generation_samples.jpg").read_bytes()
     masked_generation.main(parse_args(flags))
     assert len(trained) == 4 and json.loads((tmp_path / "masked_generation.json").read_text()) == result
-    assert (tmp_path / "masked_generation_samples.png").read_bytes() == picture
+    assert (tmp_path / "masked_generation_samples.jpg").read_bytes() == picture
     with pytest.raises(ValueError, match="choose another --runs_dir"):
         masked_generation.main(parse_args([*flags, "--train_batch_size", "5", "--seeds", "0", "1", "2"]))
 
