@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from diffusers_pq.data.folders import PictureFolder
-from diffusers_pq.data.pictures import PictureSource, decode_image
+from diffusers_pq.data.pictures import BadImageError, PictureSource, decode_image
 
 
 @pytest.fixture
@@ -123,6 +123,15 @@ def test_links_are_followed_but_not_round_in_circles(folder, tmp_path):
     (tmp_path / "link").symlink_to(path)
     assert names(load(path), path) == ["a/1.png", "b/2.png"]
     assert names(load(tmp_path / "link"), tmp_path / "link") == ["a/1.png", "b/2.png"]
+
+
+def test_a_link_that_leads_nowhere_is_a_bad_picture_and_not_passed_over(folder, tmp_path):
+    data = folder("a.png")
+    (data / "b.png").symlink_to(tmp_path / "gone.png")
+    rows = load(data)
+    assert names(rows, data) == ["a.png", "b.png"]
+    with pytest.raises(BadImageError, match="b.png cannot be read: .*No such file"):
+        decode_image(rows[1]["image"])
 
 
 def test_hidden_files_and_other_kinds_are_no_pictures(folder, caplog):

@@ -190,7 +190,8 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[str]:
             continue
         if entry.is_dir():
             yield from _walk(entry.path, (*above, real))
-        elif entry.is_file():
+        # A link that leads nowhere is a bad picture, which is counted.
+        elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
             yield entry.path
 
 
