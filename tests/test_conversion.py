@@ -623,6 +623,7 @@ def test_a_model_the_class_cannot_hold_is_refused(vqgan, tmp_path):
         ("model: {params: {ddconfig: {ch: 32}}}", "lacks num_res_blocks, res"),
         ("a: 1", "no `ddconfig`"),
         ("[", "no YAML"),
+        ("[" * 5000, "no YAML"),
     ],
 )
 def test_a_bad_yaml_file_is_named(text, message, vqgan):
@@ -630,6 +631,16 @@ def test_a_bad_yaml_file_is_named(text, message, vqgan):
     config.write_text(text)
     with pytest.raises(ValueError, match=f"model.yaml .*{message}"):
         load_original_autoencoder(checkpoint, config)
+
+
+def test_a_value_that_refers_to_itself_a_million_times_is_not_written_out(vqgan):
+    checkpoint, config, _ = vqgan
+    lists = ["l0: &l0 [x, x, x, x, x, x, x, x, x, x]"]
+    lists += [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 6)]
+    config.write_text("\n".join(lists) + "\n" + config.read_text().replace("ch: 32", "ch: *l5"))
+    with pytest.raises(ValueError, match="`ch` must be a whole number") as error:
+        load_original_autoencoder(checkpoint, config)
+    assert len(str(error.value)) < 1000
 
 
 def test_the_command_writes_a_folder_whole_or_not_at_all(vqgan, tmp_path, capsys):

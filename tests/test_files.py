@@ -26,7 +26,9 @@ from diffusers_pq.files import (
 from diffusers_pq.metrics import load_metrics
 
 
-@pytest.mark.parametrize("text, message", [("{", "is no valid JSON"), ("\ufeff{}", "is no valid JSON")])
+@pytest.mark.parametrize(
+    "text, message", [("{", "is no valid JSON"), ("\ufeff{}", "is no valid JSON"), ("[" * 100_000, "is no valid JSON")]
+)
 def test_a_file_that_is_no_json_is_named(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=f"config.json {message}"):

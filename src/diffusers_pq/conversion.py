@@ -248,7 +248,7 @@ def _read_options(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No such config: {path}. Name the YAML file that the model was trained with.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML file: {error}") from error
     try:
         model = content["model"]
@@ -279,7 +279,9 @@ def _check_options(path: Path, options: dict[str, Any]):
         _check_number(path, "n_embed", options["n_embed"], _MAX_ENTRIES, least=2)
     for name, most in _LISTS.items():
         if not isinstance(options[name], list) or len(options[name]) > most:
-            raise ValueError(f"{path}: `{name}` must be a list of at most {most} numbers, but is {options[name]!r}.")
+            raise ValueError(
+                f"{path}: `{name}` must be a list of at most {most} numbers, but is {_shown(options[name])}."
+            )
         for value in options[name]:
             _check_number(path, name, value, _MAX_MULTIPLE[name])
     if not options["ch_mult"]:
@@ -303,7 +305,12 @@ def _check_number(path: Path, name: str, value: Any, most: int, least: int = 1):
     if isinstance(value, str) and "${" in value:
         raise ValueError(f"{path}: `{name}` is the interpolation {value}: write the number that it stands for.")
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{path}: `{name}` must be a whole number from {least} to {most}, but is {value!r}.")
+        raise ValueError(f"{path}: `{name}` must be a whole number from {least} to {most}, but is {_shown(value)}.")
+
+
+def _shown(value: Any) -> str:
+    """In a message; YAML's references can make a value of a few lines that fills the memory as text."""
+    return f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)
 
 
 def _image_statistics(options: dict[str, Any], is_authors: bool) -> tuple[list[float], list[float]] | None:

@@ -91,7 +91,7 @@ def read_json(path: str | os.PathLike, kind: type = object) -> Any:
         raise FileNotFoundError(f"{path} is missing.") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder: name a JSON file.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} must hold a JSON {kind.__name__}, but holds a {type(value).__name__}.")

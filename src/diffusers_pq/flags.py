@@ -413,7 +413,7 @@ def parse_args_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | No
         return parser.parse_args(given)
     try:
         flags = _read_recipe(parser, Path(found.config))
-    except (OSError, ValueError, argparse.ArgumentTypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, argparse.ArgumentTypeError, yaml.YAMLError) as error:
         parser.error(f"--config {found.config}: {error}")
     return parser.parse_args([*flags, *given, "--config", found.config])
 
