@@ -10,6 +10,7 @@ supported = runpy.run_path(str(root / "src/diffusers_pq/_versions.py"))["SUPPORT
 train = [
     "accelerate>=1.6",
     "datasets>=4.0",
+    "filelock>=3.15",
     "lpips>=0.1.4",
     "torchvision>=0.21",
     "torchmetrics>=1.6",

@@ -4,6 +4,7 @@ import time
 import pytest
 from scripts import start_script
 
+from diffusers_pq.training import output_folder
 from diffusers_pq.training.output_folder import OutputFolder
 
 
@@ -22,7 +23,8 @@ time.sleep(60)
 """
 
 
-def test_a_second_run_is_kept_out_until_the_first_ends_or_dies(tmp_path):
+def test_a_second_run_is_kept_out_until_the_first_ends_or_dies(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_folder, "_PATIENCE", 0.1)
     (tmp_path / "hold.py").write_text(HOLD)
     run = tmp_path / "run"
     first = start_script(tmp_path / "hold.py", run)

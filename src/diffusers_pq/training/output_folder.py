@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "training_config.json"
 _LOCK = ".lock"
+_PATIENCE = 10.0  # seconds; the workers of a run that was killed end within them
 _BEST = ("best", "old-best")  # the second for a moment, while the first is replaced
 _MODEL = ("config.json", "model_index.json", CODE_FILE, "discriminator", "scheduler", "vae")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -42,7 +43,7 @@ class OutputFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=_PATIENCE)
         except Timeout:
             raise ValueError(
                 f"--output_dir {self.path}: another run is writing there. Wait for its end, or give another folder."
@@ -103,4 +104,4 @@ class OutputFolder:
 
 def _step_of(best: Path) -> int:
     scores = best / "validation.json"
-    return read_json(scores, dict)["step"] if scores.is_file() else 0
+    return read_json(scores, dict).get("step", 0) if scores.is_file() else 0

@@ -578,7 +578,7 @@ class PQGANOptions(TrainingOptions):
 
     def check_resuming(self, earlier: Mapping[str, Any]):
         super().check_resuming(earlier)
-        if self.loss.discriminator_weight and not earlier["discriminator_weight"]:
+        if self.loss.discriminator_weight and not earlier.get("discriminator_weight"):
             raise ValueError(
                 f"--discriminator_weight {self.loss.discriminator_weight}: the checkpoint was written without a "
                 "discriminator (--discriminator_weight 0). Give 0 again, or start another run from its model with "

@@ -49,7 +49,7 @@ class BestModel:
         scores = self.folder / "validation.json"
         if not self.folder.exists() and _old(self.folder).exists():  # killed while the two changed places
             os.replace(_old(self.folder), self.folder)
-        return read_json(scores, dict)[self.metric] if scores.is_file() else None
+        return read_json(scores, dict).get(self.metric) if scores.is_file() else None
 
     def offer(
         self, save: Callable[[Path], object], scores: dict[str, float], step: int, is_main_process: bool = True
