@@ -117,10 +117,11 @@ def test_the_shift_of_flow_matching_grows_with_the_latents(adapted):
 
 @by_new_family
 def test_the_first_stage_trains_the_first_and_last_layer_only(family, workspace):
-    adapt(workspace, family, "conv", stages="32:1:1e-2:conv")
+    output = f"{family.__name__}-conv"
+    adapt(workspace, family, output, stages="32:1:1e-2:conv")
     source = getattr(source_of(family), family.denoiser_name)
     start, outer = widen_denoiser(source, 8), tuple(f"{layer}." for layer in outer_layers(source))
-    before, after = start.state_dict(), weights(family, workspace / "conv")
+    before, after = start.state_dict(), weights(family, workspace / output)
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith(outer) for name in changed)
 
