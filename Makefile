@@ -46,7 +46,7 @@ style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The README.md of each folder in model_cards/, from cards.yaml, recipes and measured results.
+# Renders the README.md of each folder in model_cards/ from cards.yaml, recipes and measured results.
 cards: install
 	$(BIN)/python -m diffusers_pq.hub.cards model_cards
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A grid of pictures that one or several text-to-image pipelines of diffusers paint from the same prompts and seeds
+"""A grid of pictures that one or several text-to-image pipelines of diffusers generate from the same prompts and seeds
 (the form of Figures 4 and 8 to 10).
 
     python benchmarks/generate_pictures.py --models PQSD=model_cards/pqsd-mini --prompts "a ladybug" "a red apple"

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """The picture of README.md: details of photographs as several autoencoders reconstruct them, and pictures that a
-text-to-image model paints.
+text-to-image model generates.
 
     python benchmarks/overview.py --output outputs/demo/overview.jpg
 
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--detail_side", type=COUNT, default=128, help="side of the details, in pixels")
     parser.add_argument("--pipeline", default="model_cards/pqsd-mini", help="text-to-image pipeline")
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="what it paints")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="texts to generate pictures from")
     parser.add_argument("--num_inference_steps", type=COUNT, default=50, help="denoising steps of each picture")
     parser.add_argument(
         "--output", type=output_file, default=Path("benchmarks/results/overview.jpg"), help="file to write"

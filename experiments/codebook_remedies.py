@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the remedies against unused codebook entries do, in short runs that differ in nothing else.
 
-    python experiments/codebook_remedies.py          # some twenty minutes on 2 cores; goes on where it was interrupted
+    python experiments/codebook_remedies.py          # about twenty minutes on 2 cores; resumes after an interruption
 
 Each run is `train_pqgan.py` with the recipe of the mini models, for VQ (one codebook) and PQ (32). Validation scores
 at the last step go to codebook_remedies.json. Flags after `--` go to all runs.

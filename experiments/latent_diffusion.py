@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Table 5 in small: compares models that `train_ldm.py` has trained alike on the latents of different autoencoders.
+"""A small-scale Table 5: compares models that `train_ldm.py` has trained in the same way on different latents.
 
     python experiments/latent_diffusion.py --runs PQ=runs/ldm-mini-pq VQ=runs/ldm-mini-vq KL=runs/ldm-mini-kl
 

@@ -2,7 +2,7 @@
 """The bottlenecks of Table 1 (VQ, multi-channel, residual, scalar, FSQ, KL, none, PQ) on one backbone, with the same
 data, crops, start and steps.
 
-    python experiments/quantizer_comparison.py          # 5 hours on one core; goes on where it was interrupted
+    python experiments/quantizer_comparison.py          # 5 hours on one core; resumes after an interruption
 
 Each is trained from three seeds (`--seeds`), and the table gives mean and spread. In two processes at a time, with
 OMP_NUM_THREADS=1, into one table:

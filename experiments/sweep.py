@@ -81,7 +81,7 @@ def _parse_subspaces(text: str, channels: int) -> Fraction:
 def _check_divides(subspaces: Fraction, text: str, channels: int) -> int:
     if subspaces.denominator > 1 or channels % subspaces.numerator:
         raise ValueError(
-            f"`num_subspaces` {text} is no divisor of `latent_channels` {channels}: leave one of them out."
+            f"`num_subspaces` {text} is not a divisor of `latent_channels` {channels}: leave one of them out."
         )
     return subspaces.numerator
 

@@ -84,7 +84,7 @@ def rendered(name):
         return TABLES[name](read_json(RESULTS[name])).strip()
     if name in SUMMARIES:
         return SUMMARIES[name]({title: read_json(path) for title, path in RESULTS.items()}).strip()
-    raise ValueError(f"`<!-- {name} -->` is no block: the names are {', '.join(BLOCKS)}.")
+    raise ValueError(f"`<!-- {name} -->` is not a block: the names are {', '.join(BLOCKS)}.")
 
 
 def updated(text):

@@ -42,7 +42,7 @@ class ClassLabelsMixin:
             if len(found) > 1:
                 raise ValueError(f"`class_labels`: {label!r} is a name of the classes {found}; give the number.")
             if not found:
-                known = ", ".join(list(self.labels)[:10]) or "none, for want of an `id2label`"
+                known = ", ".join(list(self.labels)[:10]) or "none, since there is no `id2label`"
                 raise ValueError(f"`class_labels`: unknown class {label!r}; known names are {known}, ...")
             return found[0]
         if not 0 <= int(label) < self.num_classes:

@@ -101,7 +101,7 @@ class MaskedPQPipeline(ClassLabelsMixin, ImportedByCodeMixin, DiffusionPipeline)
             prompt (`str` or `list[str]`, *optional*): Of a text-conditional model.
             class_labels (`int`, `str` or a list of them, *optional*): Of a class-conditional model.
             image (*optional*): Pictures whose codes are kept where `mask_image` is black, in any of diffusers' forms.
-            mask_image (*optional*): White is painted anew; needs `image`.
+            mask_image (*optional*): White parts are generated anew; needs `image`.
             codes (`torch.LongTensor` of shape `(B, S, h, w)`, *optional*):
                 Codes that are kept; -1 marks those to be generated. Excludes `image`.
             height, width (`int`, *optional*):
@@ -241,7 +241,7 @@ class MaskedPQPipeline(ClassLabelsMixin, ImportedByCodeMixin, DiffusionPipeline)
         pixels = self.image_processor.preprocess(image, height, width)
         mask = self.mask_processor.preprocess(mask_image, *pixels.shape[-2:])
         codes = self.vae.encode_codes(pixels.to(self._execution_device, self.vae.dtype))
-        # A latent pixel is painted anew if any of its pixels is.
+        # A latent pixel is generated anew if any of its pixels is.
         hidden = F.max_pool2d(mask.to(codes.device), self.vae_scale_factor) > 0.5
         return codes.masked_fill(hidden, -1)
 

@@ -72,7 +72,7 @@ class StableDiffusionXLPQPipeline(StableDiffusionXLPQMixin, StableDiffusionXLPip
             [`StableDiffusionXLPQPipeline`]: All parts in `dtype`, by default in float32. Adapt it before use.
 
         Raises:
-            ValueError: if it is no base model of Stable Diffusion XL; see also [`widen_unet`].
+            ValueError: if it is not a base model of Stable Diffusion XL; see also [`widen_unet`].
         """
         return cls._start_from(StableDiffusionXLPipeline, pretrained_model_name_or_path, vae, init, **kwargs)
 

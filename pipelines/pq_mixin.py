@@ -82,7 +82,7 @@ class ImportedByCodeMixin:
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
-        # This class is at hand already: no code that came with the files is run.
+        # This class is already imported: no code that came with the files is run.
         config = super()._dict_from_json_file(json_file) | {"_class_name": cls.__name__}
         for component, name in _own_components(config).items():
             config[component] = [getattr(diffusers_pq, name).__module__, name]
@@ -120,7 +120,7 @@ class PQImageProcessor(VaeImageProcessor):
         As the parent's; PIL pictures may be of any mode, and transparent parts come on white.
 
         Raises:
-            ValueError: if a picture that is no tensor has as many channels as latents.
+            ValueError: if a picture that is not a tensor has as many channels as latents.
         """
         first = image[0] if isinstance(image, list) else image
         if isinstance(first, PIL.Image.Image):
@@ -180,7 +180,7 @@ class PQLatentsMixin(ImportedByCodeMixin):
         name, channels = self._denoiser_name, vae.config.latent_channels
         if (denoiser.config.get("addition_embed_type") == "text_time") != self._takes_sizes:
             raise ValueError(
-                f"The `{name}` {'is no' if self._takes_sizes else 'is a'} UNet of Stable Diffusion XL: "
+                f"The `{name}` {'is not a' if self._takes_sizes else 'is a'} UNet of Stable Diffusion XL: "
                 f"{type(self).__name__} takes {'only such' if self._takes_sizes else 'no such'} UNets."
             )
         if denoiser.config.in_channels != channels:
@@ -307,7 +307,7 @@ class PQLatentsMixin(ImportedByCodeMixin):
         if first and first["weight"].shape[1] != channels:
             raise ValueError(
                 f"The adapter is for {first['weight'].shape[1]} latent channels, but the `{self._denoiser_name}` has "
-                f"{channels}: load the pipeline with the `vae` that lies beside the adapter."
+                f"{channels}: load the pipeline with the `vae` in the adapter's folder."
             )
         if any(self._plain_layer(layer).weight.is_meta for layer in outer):
             raise ValueError("The adapter holds whole layers: load it before `enable_sequential_cpu_offload`.")

@@ -106,14 +106,14 @@ def test_every_damaged_byte_is_noticed(model, picture):
     for position in range(len(data)):
         damaged = bytearray(data)
         damaged[position] ^= 4
-        with pytest.raises(ValueError, match="is damaged|version 5 of the format|no picture compressed"):
+        with pytest.raises(ValueError, match="is damaged|version 5 of the format|not a picture compressed"):
             unpack_codes(model, bytes(damaged))
 
 
 def test_every_truncation_is_noticed(model, picture):
     data = compress_picture(model, picture)
     for length in range(len(data)):
-        with pytest.raises(ValueError, match="truncated|no picture compressed"):
+        with pytest.raises(ValueError, match="truncated|not a picture compressed"):
             unpack_codes(model, data[:length])
     with pytest.raises(ValueError, match="is damaged"):
         unpack_codes(model, data + b"\0")
@@ -121,7 +121,7 @@ def test_every_truncation_is_noticed(model, picture):
 
 def test_a_foreign_file_and_a_newer_version_are_named(model, picture, tmp_path):
     picture.save(tmp_path / "picture.png")
-    with pytest.raises(ValueError, match="no picture compressed by `diffusers-pq compress`"):
+    with pytest.raises(ValueError, match="not a picture compressed by `diffusers-pq compress`"):
         decompress_picture(model, (tmp_path / "picture.png").read_bytes())
     content = bytearray(compress_picture(model, picture)[:-4])
     content[4] = 2
@@ -188,7 +188,7 @@ def test_errors_of_the_commands_are_one_line_and_leave_no_file(folder, picture, 
     for arguments, message in [
         (["compress", photo, "--model", kl, "--output", output], "Only a PQModel has codes"),
         (["decompress", photo, "--model", kl, "--output", output], "Only a PQModel has codes"),
-        (["decompress", photo, "--model", folder, "--output", output], "no picture compressed by"),
+        (["decompress", photo, "--model", folder, "--output", output], "not a picture compressed by"),
         (["decompress", output, "--model", folder, "--output", output], "No such file"),
     ]:
         assert main(arguments) == 1

@@ -185,7 +185,7 @@ def test_the_site_has_every_public_name_with_its_shapes(site):
     own = {name for name, module in diffusers_pq._PUBLIC.items() if module.startswith(".")}
     assert own <= set(re.findall(r'<h2 id="diffusers_pq\.(\w+)"', pages))
     assert "Of shape <code>(batch_size, in_channels, height, width)</code>" in pages
-    assert "[<code>" not in pages, "a reference of a docstring is no link"
+    assert "[<code>" not in pages, "a reference of a docstring is not a link"
 
 
 def test_the_site_has_the_flags_of_every_script(site):

@@ -27,7 +27,8 @@ from diffusers_pq.metrics import load_metrics
 
 
 @pytest.mark.parametrize(
-    "text, message", [("{", "is no valid JSON"), ("\ufeff{}", "is no valid JSON"), ("[" * 100_000, "is no valid JSON")]
+    "text, message",
+    [("{", "is not valid JSON"), ("\ufeff{}", "is not valid JSON"), ("[" * 100_000, "is not valid JSON")],
 )
 def test_a_file_that_is_no_json_is_named(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
@@ -88,7 +89,7 @@ def test_what_is_no_regular_file_is_not_replaced(kind, tmp_path):
         if kind == "link":
             target.write_text("mine")
     before = os.lstat(output)
-    with pytest.raises(ValueError, match=f"The output {output} is (no regular file|a link|a folder)"):
+    with pytest.raises(ValueError, match=f"The output {output} is (not a regular file|a link|a folder)"):
         write_text(output, "text")
     after = os.lstat(output)
     assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)

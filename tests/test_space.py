@@ -174,7 +174,7 @@ def test_an_upload_is_reconstructed_and_measured(page, picture):
     page.wait(lambda: len(page.table()) == 3)
     before = page.table()
     page.upload(path)
-    page.wait_for_message("101 x 80 are no multiples of 8")
+    page.wait_for_message("101 x 80 is not a multiple of 8")
     table = page.wait(lambda: len(page.table()) == 3 and page.table() != before and page.table())
     for name, cells in table.items():
         scores = reconstruct_picture(
@@ -214,8 +214,8 @@ def test_wrong_files_give_a_message_and_leave_the_field_free(page, picture, spac
     content.resize((5, 9)).save(tmp_path / "tiny.png")
     PIL.Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     for name, message in [
-        ("text.png", "This file is no picture"),
-        ("cut.png", "This file is no picture"),
+        ("text.png", "This file is not a picture"),
+        ("cut.png", "This file is not a picture"),
         ("bomb.png", "far too large"),
         ("tiny.png", "5 x 9 pixels are too few"),
         ("document.txt", "Invalid file type"),
@@ -241,11 +241,11 @@ def test_a_large_picture_is_shrunk_and_the_user_told(page, picture, tmp_path):
 def test_generates_from_a_prompt(page, space):
     page.click("button[role=tab]", "Generate")
     page.click("button.primary", "Generate")
-    page.wait_for_message("Write what the picture should show")
+    page.wait_for_message("Describe what the picture should show")
     prompt = next(field for field in page.all("textarea") if field.is_displayed())
     prompt.send_keys("a red apple " * 10)
     page.click("button.primary", "Generate")
-    page.wait_for_message("what comes after 14 tokens is left out")
+    page.wait_for_message("everything after 14 tokens is ignored")
     page.wait(lambda: (64, 64) in page.picture_sizes("Generated"))
     assert_no_trace(space)
 

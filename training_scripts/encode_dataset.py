@@ -5,7 +5,7 @@
     accelerate launch training_scripts/encode_dataset.py --vae_name_or_path runs/pqgan-f8-768 \\
         --train_data_dir data/unsplash-full --resolution 768 --output_dir data/unsplash-codes
 
-Run it once for each resolution that is trained at. An interrupted run goes on where it was.
+Run it once for each resolution that is trained at. An interrupted run resumes where it stopped.
 """
 
 import argparse

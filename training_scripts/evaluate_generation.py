@@ -5,7 +5,7 @@
     accelerate launch training_scripts/evaluate_generation.py --pretrained_model_name_or_path runs/ldm-f8 \\
         --dataset_name ILSVRC/imagenet-1k --streaming --output_dir runs/generation
 
-Sample i is the same whatever the number of processes. A run that was stopped goes on where it was when it is started
+Sample i is the same whatever the number of processes. An interrupted run resumes where it stopped when it is started
 again with the same arguments; the dataset's statistics are kept in `--reference_dir` for the next pipeline.
 """
 

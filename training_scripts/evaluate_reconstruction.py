@@ -15,7 +15,7 @@ training on them:
     accelerate launch training_scripts/evaluate_reconstruction.py --data_dir ffhq --max_samples 10000 \\
         --protocol paper --systems sd21-vae sdxl-vae pqgan-f16 pqgan-f8 --output_dir runs/evaluation
 
-Runs with the same `--output_dir` share a table, `results.md`. A run that was stopped goes on where it was when it is
+Runs with the same `--output_dir` share a table, `results.md`. An interrupted run resumes where it stopped when it is
 started again with the same arguments.
 """
 

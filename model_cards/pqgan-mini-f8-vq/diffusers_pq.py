@@ -533,7 +533,7 @@ class ProductQuantizer(nn.Module):
 
     def check_codes(self, codes: torch.LongTensor):
         """
-        Raise a `ValueError` for codes that are no integers of shape `(B, S, h, w)` or, outside training, not in
+        Raise a `ValueError` for codes that are not integers of shape `(B, S, h, w)` or, outside training, not in
         `[0, K)`.
         """
         if codes.is_floating_point() or codes.ndim != 4 or codes.shape[1] != self.num_subspaces:
@@ -726,10 +726,10 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         codebook_distance (`str`, *optional*, defaults to `"euclidean"`): Or `"cosine"`, see [`ProductQuantizer`].
         image_mean, image_std (`list[float]`, *optional*):
             Mean and standard deviation of each colour channel, of colours in [0, 1], that the networks' pictures are
-            normalised with. Pictures in [-1, 1] go in and come out all the same. `None` means [-1, 1] inside, too.
+            normalised with. Input and output are in [-1, 1] in any case. `None`: no normalisation.
 
     Raises:
-        ValueError: if d is not divisible by S, S < 1, K < 2, a size is no whole number or absurdly large, the tuples
+        ValueError: if d is not divisible by S, S < 1, K < 2, a size is not an integer or absurdly large, the tuples
             do not have one entry per level, or `image_mean` and `image_std` are not both given, with a value for each
             colour channel.
     """

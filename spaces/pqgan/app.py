@@ -28,14 +28,15 @@ DETAIL_SIDE, DETAIL_FACTOR = 64, 6
 SCORES = ("psnr", "ssim", "bits_per_pixel", "H_n", "P_n", "seconds")
 COLUMNS = {name: (SCORE_COLUMNS | LATENT_COLUMNS)[name] for name in SCORES}
 INTRODUCTION = """# Product-quantised image latents
-A latent pixel of a VQGAN (**VQ**) is one of the K entries of a codebook. A product-quantised one (**PQ**, the paper's
-PQGAN) has S parts, each one of the K entries of a codebook of its own. **KL** has the continuous latents of Stable
-Diffusion's autoencoder. The three models here are small ones, trained alike on a CPU; they are not the paper's."""
+A VQGAN (**VQ**) maps each latent pixel to one of the K entries of a codebook. Product quantisation (**PQ**, the
+paper's PQGAN) splits it into S parts and maps each to an entry of its own codebook. **KL** has continuous latents,
+like Stable Diffusion's autoencoder. The three models here are small and were trained in the same way on a CPU; they
+are not the paper's."""
 TABLE_NOTE = """Bits per pixel: whole bits for each code, 16 bits for each continuous value; the original has 24.
-H_n, P_n: entropy and perplexity of the codes over their largest possible values, mean over the codebooks (Eq. 3)."""
+H_n, P_n: entropy and perplexity of the codes relative to their maximum, averaged over the codebooks (Eq. 3)."""
 
-GENERATION_NOTE = """The model is a small one: it paints what the captions of its 745 training pictures name, stamps of
-Tux Paint with one thing each, and knows little else."""
+GENERATION_NOTE = """This small model was trained on 745 stamps of Tux Paint with one object each. It can generate what
+their captions name, and little else."""
 PROMPTS = ["A ladybug.", "A red apple.", "A frog.", "A strawberry."]
 
 
@@ -72,7 +73,9 @@ def read_upload(path: str) -> PIL.Image.Image:
     try:
         return load_image(path, MAX_PIXELS)
     except ValueError:
-        raise refusal("This file is no picture, damaged or far too large. Try a PNG, JPEG or WebP file.") from None
+        raise refusal(
+            "This file is not a picture, is damaged, or is far too large. Try a PNG, JPEG or WebP file."
+        ) from None
 
 
 def fit(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -80,15 +83,16 @@ def fit(picture: PIL.Image.Image) -> PIL.Image.Image:
     if max(picture.size) > MAX_SIDE:
         size = f"{picture.width} x {picture.height}"
         picture = PIL.ImageOps.contain(picture, (MAX_SIDE, MAX_SIDE))
-        gr.Warning(
-            f"Shrunk from {size} to {picture.width} x {picture.height} pixels, so that it does not take too long."
-        )
+        gr.Warning(f"Shrunk from {size} to {picture.width} x {picture.height} pixels, to save time.")
     if min(picture.size) < MIN_SIDE:
-        raise refusal(f"{picture.width} x {picture.height} pixels are too few: both sides need at least {MIN_SIDE}.")
+        raise refusal(
+            f"{picture.width} x {picture.height} pixels are too few: both sides must have at least {MIN_SIDE}."
+        )
     factor = max(map(downsampling_factor, AUTOENCODERS.values()))
     if picture.width % factor or picture.height % factor:
         gr.Info(
-            f"{picture.width} x {picture.height} are no multiples of {factor}: padded to be encoded, then cropped."
+            f"{picture.width} x {picture.height} is not a multiple of {factor}: the picture is padded, encoded, "
+            "decoded and cropped."
         )
     return picture
 
@@ -130,7 +134,7 @@ def clicked_pixel(event: gr.SelectData) -> tuple[int, int]:
 
 def subspace_slider(name: str) -> gr.Slider:
     last = AUTOENCODERS[name].config.num_subspaces - 1
-    # Gradio knows no slider with a single value.
+    # Gradio has no slider with a single value.
     return gr.Slider(0, max(last, 1), value=0, step=1, label="Subspace", visible=last > 0)
 
 
@@ -154,10 +158,10 @@ def show_codes(results: dict, name: str, subspace: int):
 
 def generate(prompt: str, steps: int, guidance: float, seed: int, progress=gr.Progress(track_tqdm=True)):  # noqa: B008
     if not prompt.strip():
-        raise refusal("Write what the picture should show.")
+        raise refusal("Describe what the picture should show.")
     tokens = PIPELINE.tokenizer.model_max_length
     if len(PIPELINE.tokenizer(prompt).input_ids) > tokens:
-        gr.Warning(f"The prompt is too long: what comes after {tokens - 2} tokens is left out.")
+        gr.Warning(f"The prompt is too long: everything after {tokens - 2} tokens is ignored.")
     generator = torch.Generator().manual_seed(seed)
     return PIPELINE(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=generator).images[0]
 
@@ -184,7 +188,7 @@ def reconstruction_tab():
     )
     gr.Markdown(TABLE_NOTE)
     with gr.Row():
-        original = shown_picture("Original: click where to look closer", value=FIRST)
+        original = shown_picture("Original: click for a closer look", value=FIRST)
         with gr.Column():
             slider = gr.ImageSlider(
                 compare(FIRST, found, "PQ"), format="png", label="Original | reconstruction", interactive=False
@@ -202,7 +206,7 @@ def reconstruction_tab():
             subspace = subspace_slider("PQ")
             summary = gr.Textbox(first_summary, label="Codebook use")
             plot = gr.LinePlot(first_plot, x="entries, most used first", y="times used", height=220)
-        places = shown_picture("Code map: close entries have close colours", value=first_places)
+        places = shown_picture("Code map: similar entries have similar colours", value=first_places)
 
     comparison = {"fn": compare, "inputs": [picture, results, compared], "outputs": slider}
     closer_look = {"fn": show_details, "inputs": [picture, results, center], "outputs": details}
@@ -235,7 +239,7 @@ def generation_tab():
     with gr.Row():
         with gr.Column():
             prompt = gr.Textbox(label="Prompt", placeholder="A red apple.")
-            gr.Examples(PROMPTS, prompt, label="Some of its captions")
+            gr.Examples(PROMPTS, prompt, label="Captions it knows")
             steps = gr.Slider(1, 100, value=25, step=1, label="Steps")
             guidance = gr.Slider(1, 15, value=PIPELINE.config.guidance_scale, step=0.5, label="Guidance scale")
             seed = gr.Slider(0, 2**31 - 1, value=0, step=1, label="Seed")

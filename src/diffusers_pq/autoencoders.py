@@ -65,7 +65,7 @@ def load_pretrained(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Modu
 
     Raises:
         OSError: if there is no such model.
-        ValueError: if it is no autoencoder, or the weights do not fit its config.
+        ValueError: if it is not an autoencoder, or the weights do not fit its config.
     """
     with folder_or_hub(pretrained_model_name_or_path):
         class_name = PQModel.load_config(pretrained_model_name_or_path, **hub_kwargs).get("_class_name")
@@ -73,7 +73,9 @@ def load_pretrained(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.Modu
         return load_autoencoder(pretrained_model_name_or_path, **hub_kwargs)
     model_class = getattr(diffusers, str(class_name), None)
     if not (hasattr(model_class, "encode") and hasattr(model_class, "decode")):
-        raise ValueError(f"{pretrained_model_name_or_path} holds {class_name}, which is no autoencoder of diffusers.")
+        raise ValueError(
+            f"{pretrained_model_name_or_path} holds {class_name}, which is not an autoencoder of diffusers."
+        )
     model, info = model_class.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **hub_kwargs)
     if info["missing_keys"]:
         raise ValueError(f"The weights of {pretrained_model_name_or_path} lack {info['missing_keys']}.")

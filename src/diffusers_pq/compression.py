@@ -53,7 +53,7 @@ _MOST_PIXELS = 2 * 89_478_485
 @torch.no_grad()
 def compress_picture(model: PQModel, picture: PIL.Image.Image) -> bytes:
     """
-    The content of a file that [`decompress_picture`] turns back into what the model makes of a picture.
+    The content of a file that [`decompress_picture`] turns back into the model's reconstruction of a picture.
 
     Args:
         model ([`PQModel`]): In eval mode.
@@ -194,7 +194,7 @@ def _check_model(model: torch.nn.Module):
 
 def _check_integrity(data: bytes):
     if not data.startswith(_MAGIC):
-        raise ValueError("This is no picture compressed by `diffusers-pq compress`: its first bytes differ.")
+        raise ValueError("This is not a picture compressed by `diffusers-pq compress`: its first bytes differ.")
     if len(data) < _HEADER.size + _CHECKSUM.size:
         raise ValueError(f"The compressed picture is truncated: only {len(data)} bytes are there.")
     version = data[len(_MAGIC)]

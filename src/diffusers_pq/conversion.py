@@ -176,7 +176,7 @@ def load_original_autoencoder(
     Raises:
         FileNotFoundError: if one of the files does not exist.
         OSError: if the Hub has no such file or cannot be reached.
-        ValueError: if one of them is damaged, the checkpoint holds more than tensors, an option is no number that a
+        ValueError: if one of them is damaged, the checkpoint holds more than tensors, an option is not a number that a
             network can have, the two do not fit together or `target` cannot hold the model.
     """
     is_authors = str(checkpoint).startswith(f"{AUTHORS_REPOSITORY}:")
@@ -217,7 +217,7 @@ def _locate(
         name = AUTHORS_CHECKPOINTS.get(name.upper(), name)
         if "." not in name:
             names = " or ".join(f"{AUTHORS_REPOSITORY}:{known}" for known in AUTHORS_CHECKPOINTS)
-            raise ValueError(f"{checkpoint} is no checkpoint of the authors': choose {names}.")
+            raise ValueError(f"{checkpoint} is not one of the authors' checkpoints: choose {names}.")
         checkpoint = f"{repository}:{name}"
     if config is None:
         stem, dot, _ = str(checkpoint).rpartition(".")
@@ -249,7 +249,7 @@ def _read_options(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML file: {error}") from error
+        raise ValueError(f"{path} is not a YAML file: {error}") from error
     try:
         model = content["model"]
         outer = model["params"] if "params" in model else model["init_args"]

@@ -79,7 +79,7 @@ def run_tool(*command: str, folder: str | os.PathLike):
     Run a program in a folder.
 
     Raises:
-        OSError: if it fails; the message holds what it last said.
+        OSError: if it fails; the message contains its last output.
     """
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:

@@ -151,7 +151,7 @@ def _npm_command(*flags: str) -> str:
 
 def find_subjects(packages_dir: Path) -> list[Subject]:
     """
-    The emoji of `emoji-datasource` that are no flags, without skin colours, in its order.
+    The emoji of `emoji-datasource` that are not flags, without skin colours, in its order.
 
     They are called as in the set `noto`, which has Unicode's current short names ("red heart"), since the formal ones
     of `emoji-datasource` ("heavy black heart") can say what is not to be seen.

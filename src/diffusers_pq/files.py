@@ -29,7 +29,7 @@ def check_output(path: str | os.PathLike, *inputs: str | os.PathLike):
     if path.is_dir():
         raise ValueError(f"The output {path} is a folder: name a file.")
     if not path.is_file():
-        raise ValueError(f"The output {path} is no regular file, and would be replaced: name another one.")
+        raise ValueError(f"The output {path} is not a regular file, and would be replaced: name another one.")
     if any(os.path.exists(other) and path.samefile(other) for other in inputs):
         raise ValueError(f"The output {path} is the input, which would be overwritten: name another file.")
 
@@ -92,7 +92,7 @@ def read_json(path: str | os.PathLike, kind: type = object) -> Any:
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder: name a JSON file.") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} must hold a JSON {kind.__name__}, but holds a {type(value).__name__}.")
     return value

@@ -22,7 +22,7 @@ def load_image(path: str | os.PathLike, max_pixels: int | None = None) -> PIL.Im
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no picture, damaged, or too large.
+        ValueError: if the file is not a picture, is damaged, or is too large.
     """
     try:
         with PIL.Image.open(path) as picture:

@@ -139,7 +139,7 @@ def graphed(function: Callable[[], object], device: str) -> Callable[[], None]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # what is only done at first, such as choosing algorithms, is no part of the record
+            for _ in range(2):  # what is only done at first, such as choosing algorithms, is not part of the record
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

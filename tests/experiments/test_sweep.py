@@ -176,7 +176,7 @@ def parse(*flags):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--latent_channels", "12"], "`num_subspaces` d/8 is no divisor of `latent_channels` 12"),
+        (["--latent_channels", "12"], "`num_subspaces` d/8 is not a divisor of `latent_channels` 12"),
         (["--codebook_size", "1"], "`codebook_size` must be at least 2"),
         (["--max_train_step", "5"], "unrecognized arguments: --max_train_step 5"),
         (["--evaluation", "--resolutoin 64"], "unrecognized arguments: --resolutoin 64"),

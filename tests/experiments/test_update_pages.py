@@ -26,5 +26,5 @@ def test_a_table_is_replaced_and_the_text_around_it_stays():
 
 
 def test_a_block_that_nobody_renders_is_named():
-    with pytest.raises(ValueError, match="<!-- unknown -->` is no block: the names are"):
+    with pytest.raises(ValueError, match="<!-- unknown -->` is not a block: the names are"):
         updated("<!-- unknown -->\n<!-- end -->\n")

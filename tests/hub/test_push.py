@@ -351,9 +351,9 @@ def drop_a_tensor(folder):
     [
         ("model", lambda folder: (folder / "README.md").unlink(), "README.md is missing"),
         ("model", lambda folder: (folder / "README.md").write_text("# Text\n"), "README.md has no metadata"),
-        ("model", lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "is no valid YAML"),
+        ("model", lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "is not valid YAML"),
         ("model", lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        ("model", lambda folder: (folder / "config.json").write_text("{"), "config.json is no valid JSON"),
+        ("model", lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
         ("model", lambda folder: (folder / "config.json").write_text('{"_class_name": "X"}'), "names the class 'X'"),
         ("model", break_weights, "Unable to load weights"),
         ("model", drop_a_tensor, "do not fit its config.json: missing ['quantizer.codebooks']"),

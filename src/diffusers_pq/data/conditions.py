@@ -22,7 +22,7 @@ def caption_texts(value: str | list | None, column: str) -> list[str]:
     The captions of a row: those of a list, or the one that it has; `None` is none.
 
     Raises:
-        ValueError: if one is no text; the message names the column.
+        ValueError: if one is not a text; the message names the column.
     """
     captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
     for caption in captions:

@@ -20,7 +20,7 @@ _log_once = cache(logger.log)  # a folder is loaded for each split, and more tha
 # class may be called `train`, a picture `test.jpg`.
 _SPLIT_FOLDERS = {"validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-# Of datasets that are no folders of pictures, even where a picture lies beside them.
+# Of datasets that are not folders of pictures, even where they include a picture.
 _OTHER_DATA = {".parquet", ".arrow", ".tar"}
 
 

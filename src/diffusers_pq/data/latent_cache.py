@@ -59,7 +59,7 @@ def encode_dataset(
     Write a dataset's codes and captions or classes as parquet shards to `<output_dir>/<resolution>`.
 
     Shards are shared out among the processes. Each is written whole or not at all, and those that exist are left
-    alone: an interrupted run goes on where it was.
+    alone: an interrupted run resumes where it stopped.
 
     Args:
         vae ([`PQModel`]): In eval mode, on the accelerator's device.

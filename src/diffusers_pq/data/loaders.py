@@ -373,7 +373,7 @@ def build_train_loader(
         num_workers (`int`)
         on_bad_image (`str`): See [`BadImages`].
         prefetch_factor (`int`, *optional*): Batches that each worker reads ahead. Default: torch's.
-        groups (`Sequence[int | None]`, *optional*): Of the rows of a dataset that is no stream; see
+        groups (`Sequence[int | None]`, *optional*): Of the rows of a dataset that is not a stream; see
             [`GroupBatchSampler`].
     """
     place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}

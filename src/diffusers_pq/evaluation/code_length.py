@@ -25,7 +25,7 @@ def code_length(
     An estimate of the bits that each picture's codes take under a masked transformer: codes are revealed in a random
     order, as many a step as the cosine schedule of generation reveals, and each costs -log2 of its probability given
     those of earlier steps. The codes of one step are taken as independent, so more steps come closer to what a coder
-    of single codes would need. No coder is at hand whose floating-point results would be the same on every machine.
+    of single codes would need. A coder would need the same floating-point results on every machine.
 
     Args:
         transformer ([`PQMaskedTransformer`]): In eval mode.

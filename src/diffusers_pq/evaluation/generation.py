@@ -46,7 +46,7 @@ class Sampling:
         guidance_scale (`float`): Of classifier-free guidance; 1 is without.
         num_inference_steps (`int`)
         seed (`int`): Sample i begins with the noise of a generator that is seeded with it and i; no two of the first
-            million samples of one seed begin alike.
+            million samples of one seed are the same.
         batch_size (`int`): Samples i ... i + batch_size - 1 are drawn together; rounding depends on it.
     """
 

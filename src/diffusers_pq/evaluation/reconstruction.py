@@ -135,7 +135,8 @@ def run_evaluation(
         data ([`EvaluationData`])
         output_dir (`str` or `PathLike`): Of all evaluations that belong in one table.
         name (`str`, *optional*): Of the model in the table; default: the last part of its path.
-        metrics: Names out of [`~diffusers_pq.metrics.METRICS`]; those that cannot be had are listed as unavailable.
+        metrics: Names out of [`~diffusers_pq.metrics.METRICS`]; those whose weights are missing are listed as
+            unavailable.
         inception_antialias (`bool`): See [`~diffusers_pq.metrics.FID`].
         batch_size, num_workers (`int`): Of each process.
         streaming (`bool`): Read the dataset while evaluating instead of downloading it first.

@@ -335,7 +335,7 @@ def load_for_evaluation(pretrained_model_name_or_path: str, **hub_kwargs) -> nn.
 
     Raises:
         OSError: if there is no such model.
-        ValueError: if it is no autoencoder, the weights do not fit its config, or the system cannot be loaded.
+        ValueError: if it is not an autoencoder, the weights do not fit its config, or the system cannot be loaded.
     """
     if pretrained_model_name_or_path in KNOWN:
         return KNOWN[pretrained_model_name_or_path].load()

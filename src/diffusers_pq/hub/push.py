@@ -115,7 +115,7 @@ def check_folder(folder: str | os.PathLike) -> ModelCard:
         `ModelCard`: The card.
 
     Raises:
-        OSError: if a file is missing or damaged, or the weights are no safetensors.
+        OSError: if a file is missing or damaged, or the weights are not safetensors.
         ValueError: if a class is unknown, weights do not fit their configuration, or the card has no metadata or
             metadata that cannot be read (results in its `model-index`, names in `base_model` and `datasets`).
     """
@@ -147,7 +147,7 @@ def _load_card(path: Path) -> ModelCard:
     try:
         card = ModelCard.load(path)
     except yaml.YAMLError as error:
-        raise ValueError(f"The metadata at the top of {path} is no valid YAML: {error}") from error
+        raise ValueError(f"The metadata at the top of {path} is not valid YAML: {error}") from error
     except ValueError as error:
         raise ValueError(f"The metadata at the top of {path} cannot be read: {error}") from error
     if not card.data.to_dict():

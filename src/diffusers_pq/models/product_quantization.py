@@ -144,7 +144,7 @@ def product_quantize(
 
     Args:
         vae (`ModelMixin`): An image autoencoder of diffusers: `AutoencoderKL` and those of Flux 2, Qwen-Image, DC-AE,
-            RAE and alike.
+            RAE and similar models.
         dataset (iterable): Pictures to fit to, a few dozen or more: rows with a picture in `image_column`, PIL
             pictures, or tensors `[3, H, W]` or `[B, 3, H, W]` in [-1, 1]. They are cropped to multiples of F and read
             until there are enough latent pixels.
@@ -160,7 +160,7 @@ def product_quantize(
         [`QuantizedAutoencoder`]: In eval mode, with the autoencoder inside (not copied), on its device.
 
     Raises:
-        TypeError: if `vae` has a quantiser already or is no image autoencoder, or `dataset` holds no pictures.
+        TypeError: if `vae` has a quantiser already or is not an image autoencoder, or `dataset` holds no pictures.
         ValueError: if S does not divide d, or the pictures give fewer than K latent pixels.
     """
     if hasattr(vae, "quantize"):

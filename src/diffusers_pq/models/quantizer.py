@@ -199,7 +199,7 @@ class ProductQuantizer(nn.Module):
 
     def check_codes(self, codes: torch.LongTensor):
         """
-        Raise a `ValueError` for codes that are no integers of shape `(B, S, h, w)` or, outside training, not in
+        Raise a `ValueError` for codes that are not integers of shape `(B, S, h, w)` or, outside training, not in
         `[0, K)`.
         """
         if codes.is_floating_point() or codes.ndim != 4 or codes.shape[1] != self.num_subspaces:

@@ -65,7 +65,8 @@ def widen_unet(unet: UNet2DConditionModel, latent_channels: int, init: WideningI
     Only the first and the last convolution change; all other weights are bit-identical, and `unet` stays as it is.
 
     Args:
-        unet (`UNet2DConditionModel`): Of Stable Diffusion 1.x, 2.x, XL or alike, or one that was widened before.
+        unet (`UNet2DConditionModel`):
+            Of Stable Diffusion 1.x, 2.x or XL, or of a similar model, or one that was widened before.
         latent_channels (`int`): d of the [`PQModel`] the UNet shall work on.
         init (`str`, *optional*, defaults to `"copy"`): The weights of the new channels.
 

@@ -103,7 +103,7 @@ class Stage:
         A stage as a command line writes it, such as `384:20000:8e-5:conv`.
 
         Raises:
-            ValueError: if there are not four parts, or a part is not what it should be.
+            ValueError: if there are not four parts, or a part is invalid.
         """
         parts = text.split(":")
         if len(parts) != 4:
@@ -116,7 +116,7 @@ class Stage:
         A stage as a recipe writes it, such as `{resolution: 384, steps: 20000, learning_rate: 8e-5, trained: conv}`.
 
         Raises:
-            ValueError: if there are not these four entries, or one is not what it should be.
+            ValueError: if there are not these four entries, or one is invalid.
         """
         names = [field.name for field in fields(cls)]
         if not isinstance(mapping, Mapping) or mapping.keys() != set(names):
@@ -131,7 +131,7 @@ class Stage:
         try:
             return cls(int(resolution), int(steps), float(learning_rate), trained)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{source!r} is no stage: {error}") from None
+            raise ValueError(f"{source!r} is not a stage: {error}") from None
 
     def __str__(self) -> str:
         return f"{self.resolution}:{self.steps}:{self.learning_rate}:{self.trained}"
@@ -142,7 +142,7 @@ def parse_stages(stages: str | list) -> tuple[Stage, ...]:
     The stages of a command line, one string with spaces between them, or of a recipe, a list of mappings or strings.
 
     Raises:
-        argparse.ArgumentTypeError: if there is none, or one is not what it should be.
+        argparse.ArgumentTypeError: if there is none, or one is invalid.
     """
     parts = stages.split() if isinstance(stages, str) else stages
     try:
@@ -165,7 +165,7 @@ class ConditionalDenoiser(nn.Module):
     """
     A text-conditioned denoiser and its text encoders, so that one forward gives all that a training step needs.
 
-    Both are its attributes, by the names of the pipeline's components. Text encoders that are not trained are no part
+    Both are its attributes, by the names of the pipeline's components. Text encoders that are not trained are not part
     of its state.
 
     Args:
@@ -382,7 +382,7 @@ class DenoisingObjective:
         )
 
     def for_validation(self) -> Self:
-        """All timesteps weigh alike, and noise is plain."""
+        """All timesteps have the same weight, and noise is plain."""
         return DenoisingObjective(self.vae, self.scheduler, self.channel_weighting)
 
 
@@ -439,7 +439,7 @@ class DenoiserTrainer:
 
     def step(self, inputs: torch.Tensor, condition: torch.Tensor | Mapping) -> dict[str, torch.Tensor] | None:
         """
-        Learn from what the objective makes of one batch; returns what to log, `None` while gradients are being
+        Learn from one batch, as the objective prepares it; returns what to log, `None` while gradients are being
         accumulated.
         """
         with self.accelerator.accumulate(self.denoiser):
@@ -525,7 +525,7 @@ class DenoiserTask:
         start_stage: Called with the denoiser and a stage at the stage's beginning.
         with_sizes (`bool`): Whether conditions hold sizes, see [`ConditionedCrops`].
         parts (`dict[str, nn.Module]`): That a dry run counts, by name.
-        offloaded (`tuple[nn.Module, ...]`): What waits on the CPU and is fetched to paint.
+        offloaded (`tuple[nn.Module, ...]`): What stays on the CPU until pictures are generated.
         buckets:
             Makes the sizes of the pictures of a resolution, see
             [`~diffusers_pq.data.pictures.aspect_ratio_buckets`]; `None` for squares.
@@ -645,7 +645,7 @@ def load_training_data(
 
 
 def _load_stage(options, accelerator, task, stage) -> tuple:
-    """[`load_training_data`] of a stage, in buckets and encoded where options ask for it; encoding is no dry run's."""
+    """[`load_training_data`] of a stage, in buckets and encoded if options ask for it; a dry run encodes nothing."""
     data, optim = options.data, options.optim
     rows, transform = load_training_data(data, task, stage.resolution, task.buckets(stage.resolution))
     if not data.cache_latents or options.run.dry_run:

@@ -64,7 +64,7 @@ def draw_masks(shape: tuple[int, ...], generator: torch.Generator | None = None,
 class MaskedCodePredictor(nn.Module):
     """
     A masked transformer and, where it is told texts, their encoder: one forward for DDP and the like. An encoder that
-    is not trained is no part of its state.
+    is not trained is not part of its state.
 
     Args:
         transformer ([`PQMaskedTransformer`])

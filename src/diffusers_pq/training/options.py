@@ -298,7 +298,8 @@ class NoiseOptions(Options):
 
     snr_gamma: float | None = flag(None, "min-SNR weighting; 5.0 is usual", above=0)
     channel_weighting: float = flag(
-        0.0, "weigh each latent channel's loss by its standard deviation to this power; 0: all alike, as the paper"
+        0.0,
+        "weight each latent channel's loss by its standard deviation to this power; 0: no weighting, as in the paper",
     )
     noise_shift: float | str = flag(
         1.0,

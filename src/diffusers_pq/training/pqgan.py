@@ -72,7 +72,7 @@ class Reconstruction:
 
 class ReconstructionModel(nn.Module):
     """
-    Wraps an autoencoder so that one forward gives all that a training step needs; DDP then sees a single forward.
+    Wraps an autoencoder so that one forward pass returns everything a training step needs; DDP requires a single one.
 
     Args:
         autoencoder: a [`PQModel`] or [`AutoencoderKL`].
@@ -394,8 +394,9 @@ class ReconstructionValidation:
             quantize (`bool`): `False` measures the model without its quantiser.
 
         Returns:
-            `tuple`: means over all pictures of `psnr` (dB), `ssim` and, if it can be had, `lpips`, with H_n, P_n and
-            the share of dead entries if there are codes; and some originals followed by their reconstructions, uint8.
+            `tuple`: means over all pictures of `psnr` (dB), `ssim` and, if its weights are available, `lpips`, with
+            H_n, P_n and the share of dead entries if there are codes; and some originals followed by their
+            reconstructions, uint8.
         """
         device = self.accelerator.device
         quantizer = getattr(self.accelerator.unwrap_model(model).autoencoder, "quantizer", None)

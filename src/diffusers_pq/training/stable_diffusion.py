@@ -231,7 +231,7 @@ class AdaptationNoiseOptions(NoiseOptions):
 
     prediction_type: str | None = flag(
         None,
-        "what the UNet is to predict; default: what it does",
+        "what the UNet predicts; default: unchanged",
         choices=("epsilon", "v_prediction", "sample"),
         fixed=True,
     )
