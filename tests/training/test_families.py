@@ -129,7 +129,9 @@ def test_the_first_stage_trains_the_first_and_last_layer_only(family, workspace)
 @by_new_family
 def test_an_adapter_is_trained_that_our_pipelines_load(family, workspace):
     output = f"{family.__name__}-lora"
-    extra = ("--lora_alpha", 4) if family is StableDiffusion3 else ("--lora_target_modules", "to_q", "ff.net.2")
+    extra = ("--lora_alpha", 4, "--cache_latents")
+    if family is StableDiffusionXL:  # told the sizes of pictures of other proportions
+        extra = ("--lora_target_modules", "to_q", "ff.net.2", "--aspect_ratio_buckets", "auto")
     adapt(workspace, family, output, "--lora_rank", 2, *extra)
     vae = PQModel.from_pretrained(workspace / output / "vae")
     start = getattr(family.pq_pipeline_class, SOURCES[family][2])
@@ -269,6 +271,11 @@ def test_checkpoints_that_hold_text_encoders_which_are_not_trained_still_load():
             "a multiple of the downsampling factor F = 4 times",
         ),
         (StableDiffusion3, ("--stages", "264:1:1e-3:all"), "the transformer has positions for 32: at most 256 px"),
+        (
+            StableDiffusion3,
+            ("--stages", "256:1:1e-3:all", "--aspect_ratio_buckets", "auto"),
+            "360 px are 45 patches a side, but the transformer has positions for 32",
+        ),
     ],
 )
 def test_what_does_not_fit_the_family_is_named(family, extra, message, workspace):
