@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test fuzz torture test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini train-masked-mini sweep-mini benchmarks
+.PHONY: install demo test fuzz torture test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini train-masked-mini sweep-mini benchmarks gpu-check gpu-sweep gpu-train
 
 # Which mini model `make train-mini` trains, and `make train-ldm-mini` trains on: pq, vq or kl.
 MINI ?= pq
@@ -139,3 +139,39 @@ benchmarks: install data/debian-tiles
 	$(BIN)/python experiments/training_speed.py
 	$(BIN)/python experiments/rate_distortion.py
 	$(BIN)/python benchmarks/generation_speed.py
+
+# On a GPU. With BARE=1 on a machine that holds torch but reaches no registry: what `python -m benchmarks.gpu_bundle` has
+# packed is installed beside its packages, and its pictures are taken.
+ifdef BARE
+GPU_PYTHON = PYTHONPATH=$(CURDIR)/build/site$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+GPU_READY = build/site
+SWEEP_DATA ?= build/data
+TRAIN_DATA ?= build/data
+else
+GPU_PYTHON = $(BIN)/python
+GPU_READY = install
+SWEEP_DATA ?= data/debian-tiles
+TRAIN_DATA ?= data/emoji
+endif
+# Where results go, by default to a folder of the device.
+RESULTS ?=
+GPU_OUTPUT = $(if $(RESULTS),--output_dir $(RESULTS))
+
+build/site: $(wildcard .whl/*.whl)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --no-compile --upgrade --target $@ $^ .
+
+build/data: .whl/data.tar.gz
+	mkdir -p $@
+	tar -xf $< -C $@
+
+# Right first, then fast; some six minutes on one card.
+gpu-check: $(GPU_READY)
+	$(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_OUTPUT)
+
+# Vector quantisation at growing d, from several starts; some six minutes.
+gpu-sweep: $(GPU_READY) $(SWEEP_DATA)
+	$(GPU_PYTHON) experiments/gpu_sweep.py --data_dir $(SWEEP_DATA) $(GPU_OUTPUT)
+
+# Autoencoders, a source and its adaptation to PQ latents; some twelve minutes.
+gpu-train: $(GPU_READY) $(TRAIN_DATA)
+	$(GPU_PYTHON) experiments/gpu_train.py --data_dir $(TRAIN_DATA) $(GPU_OUTPUT)

@@ -39,6 +39,10 @@ def _multiple(ratio):
     return f"{ratio:.1f} x" if ratio < 10 else f"{ratio:.0f} x"
 
 
+def _seconds(value):
+    return f"{1e3 * value:.1f} ms" if value < 1 else f"{value:.1f} s" if value < 60 else f"{value:.0f} s"
+
+
 def photographs(record):
     """Scores of the included models on the photographs of `reconstruct_photographs.py`."""
     lines = []
@@ -116,9 +120,9 @@ def generation_speed(record):
                 name,
                 row["pixels"],
                 f"{side} x {side} x {row['d']}",
-                f"{row['step_seconds']:.1f} s",
-                f"{row['decode_seconds']:.0f} s",
-                f"{row['picture_seconds']:.0f} s",
+                _seconds(row["step_seconds"]),
+                _seconds(row["decode_seconds"]),
+                _seconds(row["picture_seconds"]),
                 f"{row['peak_gib']:.1f} GiB",
                 f"{row['speed_ratio']:.2f}",
                 f"{row['paper_ratio']:.2f}" if row["paper_ratio"] else "-",

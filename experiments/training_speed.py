@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Training speed and memory against the loop of diffusers' `examples/vqgan/train_vqgan.py`, in one run.
 
-    python experiments/training_speed.py                      # on a GPU: --config model_cards/pqgan-f8/config.json
-                                                             #           --resolution 256 --batch_size 20
+    python experiments/training_speed.py
+    python experiments/training_speed.py --device cuda --config model_cards/pqgan-f8/config.json --resolution 256 \\
+        --batch_size 20 --mixed_precision bf16 --variants plain channels_last compiled
 
 Both have the same blocks, pictures, optimiser and discriminator, and the losses that both know: L1, codebook and
 adversarial with adaptive weight. A step is one update of the autoencoder and one of the discriminator. diffusers' loop
@@ -11,7 +12,9 @@ training_speed.json.
 """
 
 import datetime
+import functools
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -23,8 +26,9 @@ from diffusers.optimization import get_scheduler
 from diffusers_pq import PatchDiscriminator, PQModel
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import write_json
-from diffusers_pq.flags import COUNT, FlagParser, output_folder
+from diffusers_pq.flags import COUNT, FlagParser, device, output_folder
 from diffusers_pq.measuring import describe_machine, measure_peak_bytes, measure_seconds, results_folder
+from diffusers_pq.training.options import OptimisationOptions
 from diffusers_pq.training.pqgan import (
     AutoencoderLoss,
     AutoencoderTrainer,
@@ -33,6 +37,7 @@ from diffusers_pq.training.pqgan import (
     adaptive_weight,
     hinge_discriminator_loss,
 )
+from diffusers_pq.training.run import prepare_model
 
 
 WEIGHTS = LossWeights(perceptual=0.0)
@@ -47,6 +52,10 @@ BLOCKS = (
 )
 
 
+# Flags of a training.
+VARIANTS = {"plain": {}, "channels_last": {"channels_last": True}, "compiled": {"compile": True}}
+
+
 def parse_args(argv=None):
     parser = FlagParser(description=__doc__)
     parser.add_argument(
@@ -57,6 +66,10 @@ def parse_args(argv=None):
     )
     parser.add_argument("--resolution", type=COUNT, default=128, help="side of the pictures, in pixels")
     parser.add_argument("--batch_size", type=COUNT, default=4, help="pictures at once")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["plain"], help="ways in which ours is trained"
+    )
+    parser.add_argument("--device", type=device, default="cpu", help="device to compute on")
     parser.add_argument("--repeats", type=COUNT, default=7, help="measurements, of which the median counts")
     parser.add_argument(
         "--mixed_precision",
@@ -106,50 +119,60 @@ def diffusers_loop(config, images, accelerator):
     return step
 
 
-def our_step(config, images, accelerator, **overrides):
-    """One step of `train_pqgan.py`."""
-    model = ReconstructionModel(PQModel.from_config(config, **overrides)).train()
-    discriminator = PatchDiscriminator()
+def our_trainer(config, accelerator, flags, adversarial=True, **overrides):
+    """What `train_pqgan.py` trains with, without its data."""
+    autoencoder = PQModel.from_config(config, **overrides)
+    optim = OptimisationOptions(**flags)
+    model = ReconstructionModel(prepare_model(optim, autoencoder, (autoencoder.encoder, autoencoder.decoder)))
     prepared = []
-    for module in (model, discriminator):
+    for module in (model.train(), PatchDiscriminator())[: 1 + adversarial]:
         optimizer = adam(module, fused=True)
         prepared.append(accelerator.prepare(module, optimizer, get_scheduler("constant", optimizer)))
-    losses = AutoencoderLoss(WEIGHTS, None, prepared[1][0], accelerator)
-    trainer = AutoencoderTrainer(accelerator, *prepared[0], losses, *prepared[1])
+    discriminator = prepared[1] if adversarial else (None, None, None)
+    losses = AutoencoderLoss(WEIGHTS, None, discriminator[0], accelerator)
+    return AutoencoderTrainer(accelerator, *prepared[0], losses, *discriminator)
+
+
+def our_step(config, images, accelerator, variant, **overrides):
+    trainer = our_trainer(config, accelerator, VARIANTS[variant], **overrides)
     return lambda: trainer.step(images)
 
 
 def main(args):
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    device = str(accelerator.device)
+    torch.backends.cudnn.benchmark = True  # as in a training
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
+    folder = args.output_dir or results_folder("experiments/results", args.device)
     config = PQModel.load_config(args.config)
     torch.manual_seed(0)
-    images = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=device) * 2 - 1
-    one_subspace = {"num_subspaces": 1}
+    images = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=args.device) * 2 - 1
     builders = {
         "diffusers train_vqgan loop, VQ": lambda: diffusers_loop(config, images, accelerator),
-        "train_pqgan, VQ": lambda: our_step(config, images, accelerator, **one_subspace),
-        f"train_pqgan, PQ (S={config['num_subspaces']})": lambda: our_step(config, images, accelerator),
+        "train_pqgan, VQ": lambda: our_step(config, images, accelerator, "plain", num_subspaces=1),
     }
-    rows = {}
-    for name, build in builders.items():
-        step = build()
-        peak = measure_peak_bytes(step, device) / 2**30
-        rows[name] = {"seconds": measure_seconds(step, args.repeats, device), "peak_gib": peak}
-    first = next(iter(rows.values()))
-    for name, row in rows.items():
-        row |= {"speed_ratio": first["seconds"] / row["seconds"], "memory_ratio": row["peak_gib"] / first["peak_gib"]}
-        print(name, json.dumps(row))
+    for variant in args.variants:
+        name = f"train_pqgan, PQ (S={config['num_subspaces']})" + (f", {variant}" if variant != "plain" else "")
+        builders[name] = functools.partial(our_step, config, images, accelerator, variant)
     record = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{describe_machine(device)}, mixed precision {args.mixed_precision}",
+        "machine": f"{describe_machine(args.device)}, mixed precision {args.mixed_precision}",
         "config": str(args.config),
         "resolution": args.resolution,
         "batch_size": args.batch_size,
-        "steps": rows,
+        "steps": {},
     }
-    folder = args.output_dir or results_folder("experiments/results", device)
-    write_json(folder / "training_speed.json", record)
+    rows = record["steps"]
+    for name, build in builders.items():
+        step = build()
+        started = time.perf_counter()
+        step()  # compiles
+        first_seconds = time.perf_counter() - started
+        peak = measure_peak_bytes(step, args.device) / 2**30
+        seconds = measure_seconds(step, args.repeats, args.device)
+        rows[name] = {"seconds": seconds, "first_seconds": first_seconds, "peak_gib": peak}
+        first = next(iter(rows.values()))
+        rows[name] |= {"speed_ratio": first["seconds"] / seconds, "memory_ratio": peak / first["peak_gib"]}
+        print(name, json.dumps(rows[name]), flush=True)
+        write_json(folder / "training_speed.json", record)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,14 @@ from diffusers_pq.flags import FlagParser
 
 ROOT = Path(__file__).parent.parent
 EVALUATIONS = ROOT / "benchmarks" / "results" / "evaluation"
-# Of speed, what was measured on a CPU.
-RESULTS = {
-    path.stem: path
-    for folder in ("benchmarks", "experiments")
-    for place in ("results", "results/cpu")
-    for path in (ROOT / folder / place).glob("*.json")
+FOLDERS = [ROOT / folder / "results" for folder in ("benchmarks", "experiments")]
+# Of speed, what was measured on a CPU; on another device, under names that end in the device's.
+RESULTS = {path.stem: path for folder in FOLDERS for place in (".", "cpu") for path in (folder / place).glob("*.json")}
+RESULTS |= {
+    f"{path.stem}_{path.parent.name.replace('-', '_')}": path
+    for folder in FOLDERS
+    for path in folder.glob("*/*.json")
+    if path.parent.name != "cpu"
 }
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -68,6 +70,8 @@ EVALUATION_TABLES = {
     "references": systems.references_table,
     "systems": lambda results: systems.systems_table(),
 }
+# Of other devices.
+TABLES |= {name: TABLES[path.stem] for name, path in RESULTS.items() if name != path.stem and path.stem in TABLES}
 BLOCKS = (*TABLES, *SUMMARIES, *EVALUATION_TABLES)
 
 

@@ -13,6 +13,14 @@ from diffusers import UNet2DConditionModel  # noqa: E402
 from diffusers_pq import PQModel  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 def tiny_config(**overrides):
     """A PQModel of F=4 with d=8, S=4, K=16 that runs in milliseconds."""
     config = {

@@ -15,8 +15,8 @@ def run(tmp_path, monkeypatch):
     """Runs a benchmark in the repository and returns what it wrote."""
     monkeypatch.chdir(ROOT)
 
-    def run_benchmark(name, *flags, written):
-        script = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+    def run_benchmark(name, *flags, written, folder="benchmarks"):
+        script = runpy.run_path(str(ROOT / folder / f"{name}.py"))
         script["main"](script["parse_args"]([*map(str, flags), "--output_dir", str(tmp_path)]))
         return json.loads((tmp_path / f"{written}.json").read_text())
 
@@ -60,3 +60,31 @@ def test_rows_of_models_that_are_measured_again_replace_earlier_ones(run):
         ("default", 1, "eager"),
         ("default", 2, "eager"),
     ]
+
+
+TINY_TRAINING = ("--config", "model_cards/pqgan-mini-f8-pq/config.json", "--resolution", 32)
+
+
+def test_a_training_step_is_profiled_by_kind_of_operation(run):
+    record = run(
+        "training_profile", *TINY_TRAINING, "--batch_size", 1, written="training_profile", folder="experiments"
+    )
+    seconds = record["seconds"]
+    assert seconds["convolution"] > seconds["optimiser"] > 0 and seconds["quantiser"] > 0 and seconds["norm"] > 0
+    kinds = sum(value for name, value in seconds.items() if name not in ("step", "discriminator"))
+    assert kinds >= seconds["step"] - seconds["discriminator"] - 1e-6
+
+
+def test_the_loader_is_timed_alone_and_in_training(run):
+    flags = ["--batch_size", 1, "--batches", 1, "--num_workers", 0, "--pictures", 3, "--picture_side", 32]
+    record = run("loader_speed", *TINY_TRAINING, *flags, written="loader_speed", folder="experiments")
+    (row,) = record["pictures_per_second"]
+    assert row["alone"] > row["training"] > 0 and record["step"] > 0
+
+
+def test_training_speed_has_a_row_for_each_variant(run):
+    flags = ["--batch_size", 1, "--repeats", 1, "--variants", "plain", "channels_last"]
+    record = run("training_speed", *TINY_TRAINING, *flags, written="training_speed", folder="experiments")
+    names = [*record["steps"]]
+    assert names[2:] == ["train_pqgan, PQ (S=32)", "train_pqgan, PQ (S=32), channels_last"]
+    assert record["steps"][names[0]]["speed_ratio"] == 1 and record["steps"][names[3]]["speed_ratio"] > 0

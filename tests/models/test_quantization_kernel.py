@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the kernel needs Triton")
 
 def test_the_kernel_under_tritons_interpreter():
     # In a process of its own, since Triton looks for the variable when a kernel is defined.
-    cases = Path(__file__).parent / "interpreted_kernel.py"
+    cases = Path(__file__).parent / "kernel_cases.py"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]

@@ -241,3 +241,9 @@ def test_a_hostile_checkpoint_ends_the_run_in_one_line(source, out, tmp_path):
     with pytest.raises(ValueError, match="custom_checkpoint_0.pkl is not read: it may hold code"):
         resume(source, out)
     assert not (tmp_path / "mark").exists()
+
+
+def test_training_lets_cudnn_find_the_fastest_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    create_accelerator(OptimisationOptions(), RunOptions(report_to="none"))
+    assert torch.backends.cudnn.benchmark

@@ -33,6 +33,7 @@ from ..flags import as_flag, trained_unlike
 from ..hub.run_card import write_run_card
 from ..measuring import describe_machine, measure_peak_bytes, measure_seconds
 from .checkpoints import checkpoint_step, find_checkpoint, load_checkpoint, read_record, save_checkpoint
+from .norms import with_single_group_norms
 from .options import DataOptions, OptimisationOptions, RunOptions, TrainingOptions
 from .output_folder import SETTINGS, OutputFolder
 from .uploads import BestModel, HubUploads
@@ -71,6 +72,8 @@ def create_accelerator(
         project_config=ProjectConfiguration(run.output_dir, str(Path(run.output_dir, run.logging_dir))),
     )
     optim.share_out_batch(accelerator.num_processes)
+    # All batches have one size, so that cuDNN need find its fastest convolutions only once.
+    torch.backends.cudnn.benchmark = True
     if optim.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if accelerator.state.deepspeed_plugin is not None:  # which cannot see the batch size of a loader of our own
@@ -528,6 +531,7 @@ def prepare_model(optim: OptimisationOptions, model: nn.Module, compiled: tuple[
     A diffusers model in training mode, with what the flags on memory and speed ask for; `--compile` is for the parts
     in `compiled`, or for the whole model.
     """
+    with_single_group_norms(model)
     if optim.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if optim.channels_last:

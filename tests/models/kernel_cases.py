@@ -1,4 +1,9 @@
-"""Cases of the Triton kernel, which test_quantization_kernel.py runs under Triton's interpreter on a CPU."""
+"""
+Cases of the Triton kernel: test_quantization_kernel.py runs them under Triton's interpreter on a CPU,
+test_quantization_on_cuda.py on a GPU.
+"""
+
+import os
 
 import pytest
 import torch
@@ -7,9 +12,14 @@ from diffusers_pq import ProductQuantizer
 from diffusers_pq.models import fused_quantization, quantizer
 
 
+INTERPRETED = "TRITON_INTERPRET" in os.environ
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
 @pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(quantizer, "is_fusable", lambda latents, codebooks: True)
+def with_the_kernel(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(quantizer, "is_fusable", lambda latents, codebooks: True)
 
 
 def reference(module):
@@ -21,8 +31,8 @@ def reference(module):
 def make(channels, subspaces, size, shape=(2, 7, 19), dtype=torch.float32, layout=torch.contiguous_format):
     torch.manual_seed(0)
     module = ProductQuantizer(channels, subspaces, size)
-    latents = torch.randn(shape[0], channels, *shape[1:]).to(dtype).contiguous(memory_format=layout)
-    return module, latents
+    latents = torch.randn(shape[0], channels, *shape[1:]).to(DEVICE, dtype).contiguous(memory_format=layout)
+    return module.to(DEVICE), latents
 
 
 def brute_force(latents, codebooks):
@@ -40,7 +50,7 @@ def test_codes_equal_float64_brute_force(channels, subspaces, size, dtype):
     assert torch.equal(output.codes.flatten(2), brute_force(latents, module.codebooks))
     assert torch.equal(fused_quantization.find_codes(latents.flatten(2), module.codebooks), output.codes.flatten(2))
     # The interpreter cuts where a GPU rounds to bfloat16.
-    rounding = 2**-7 if dtype == torch.bfloat16 else 0
+    rounding = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0
     torch.testing.assert_close(output.latents, module.lookup(output.codes).to(dtype), rtol=rounding, atol=0)
 
 
@@ -48,13 +58,13 @@ def test_codes_equal_float64_brute_force(channels, subspaces, size, dtype):
 def test_values_loss_and_gradients_are_those_without_the_kernel(layout):
     module, latents = make(12, 4, 9, layout=layout)
     weight, results = torch.randn_like(latents), []
-    for quantize in (module, reference(ProductQuantizer(12, 4, 9))):
+    for quantize in (module, reference(ProductQuantizer(12, 4, 9).to(DEVICE))):
         quantize.codebooks.data.copy_(module.codebooks.data)
         inputs = latents.clone().requires_grad_()
         output = quantize(inputs)
         ((output.latents * weight).sum() + 3 * output.loss).backward()
         results.append((output.latents.detach(), output.codes, output.loss, inputs.grad, quantize.codebooks.grad))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*results, **({} if INTERPRETED else {"rtol": 1e-4, "atol": 1e-5}))
     assert results[0][0].is_contiguous(memory_format=layout)
 
 
@@ -81,7 +91,7 @@ def test_non_finite_latents_stay_visible_and_their_codes_are_valid(bad):
 
 def test_no_latents_have_no_codes():
     module, _ = make(4, 2, 5)
-    assert module(torch.zeros(0, 4, 3, 3)).codes.shape == (0, 2, 3, 3)
+    assert module(torch.zeros(0, 4, 3, 3, device=DEVICE)).codes.shape == (0, 2, 3, 3)
 
 
 def test_it_traces_as_one_graph_with_gradients():
