@@ -622,8 +622,8 @@ def test_a_model_the_class_cannot_hold_is_refused(vqgan, tmp_path):
     [
         ("model: {params: {ddconfig: {ch: 32}}}", "lacks num_res_blocks, res"),
         ("a: 1", "no `ddconfig`"),
-        ("[", "not YAML|not a YAML"),
-        ("[" * 5000, "no YAML"),
+        ("[", "not a YAML"),
+        ("[" * 5000, "not a YAML"),
     ],
 )
 def test_a_bad_yaml_file_is_named(text, message, vqgan):

@@ -91,7 +91,7 @@ def test_a_default_is_shown_as_one_would_give_it(text, shown):
     assert f"what it does (default: {text})" in parser.format_help()
 
 
-# Where a user or a test meets a flag. A script's own lines are not use of its flags, but its introduction is.
+# Where a user or a test meets a flag. A script's own lines do not count as use of its flags, but its introduction is.
 GUIDES = [ROOT / "README.md", ROOT / "Makefile"]
 for folder in ("docs", "tests", "training_scripts", "experiments", "benchmarks"):
     for suffix in ("md", "yaml", "ipynb", "py"):
