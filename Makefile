@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test fuzz torture test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini train-masked-mini sweep-mini benchmarks gpu-check gpu-sweep gpu-train
+.PHONY: install demo test fuzz torture test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini train-masked-mini evaluate-minis sweep-mini benchmarks gpu-check gpu-sweep gpu-train
 
 # Which mini model `make train-mini` trains, and `make train-ldm-mini` trains on: pq, vq or kl.
 MINI ?= pq
@@ -70,6 +70,18 @@ data/debian-tiles: | install
 # For final tables only; nothing may be tuned on them.
 data/test-photographs: | install
 	$(BIN)/diffusers-pq prepare-test-set $@
+
+# Final scores of the included models; again whenever their weights change. FD and the like need thousands of pictures.
+EVALUATIONS = benchmarks/results/evaluation
+evaluate-minis: install data/test-photographs
+	rm -rf $(EVALUATIONS)/*/test-photographs-test-512
+	for kind in pq vq kl; do \
+		$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/evaluate_reconstruction.py \
+			--pretrained_model_name_or_path model_cards/pqgan-mini-f8-$$kind --data_dir data/test-photographs --split test \
+			--resolution 512 --metrics psnr psnr_pooled ssim --batch_size 4 --output_dir $(EVALUATIONS) || exit 1; \
+	done
+	$(BIN)/python experiments/update_pages.py
+	$(BIN)/python -m diffusers_pq.hub.cards model_cards
 
 train-mini: install data/debian-tiles
 	$(BIN)/accelerate launch --num_processes 1 --cpu training_scripts/train_pqgan.py \
