@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torchmetrics import MetricCollection
 
 from diffusers_pq import LatentDiffusionPQPipeline
@@ -137,16 +138,23 @@ def denoise_held_out(pipeline, pictures, labels, snr, batch_size):
     latents = torch.cat([scale_latents(pipeline.vae, encode_latents(pipeline.vae, p)) for p in pictures.split(32)])
     noise = torch.randn(NOISE_DRAWS, *latents.shape, generator=generator)
     levels = [{"timestep": None, "snr": None} | compare(pipeline, latents, pictures, batch_size)]
-    alphas = pipeline.scheduler.alphas_cumprod
-    schedule = alphas / (1 - alphas)
     for level in snr:
-        timestep = int((schedule / level).log().abs().argmin())
-        predicted = [
-            denoise(pipeline, latents, draw, labels, torch.full_like(labels, timestep), batch_size) for draw in noise
-        ]
+        timestep, found = timestep_at(pipeline.scheduler, level)
+        timesteps = torch.full((len(labels),), timestep)
+        predicted = [denoise(pipeline, latents, draw, labels, timesteps, batch_size) for draw in noise]
         scores = compare(pipeline, torch.cat(predicted), pictures.repeat(NOISE_DRAWS, 1, 1, 1), batch_size)
-        levels.append({"timestep": timestep, "snr": float(schedule[timestep])} | scores)
+        levels.append({"timestep": timestep, "snr": found} | scores)
     return levels
+
+
+def timestep_at(scheduler, snr):
+    """The timestep with a signal-to-noise ratio, or in diffusion the one that comes closest; and its ratio."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return scheduler.config.num_train_timesteps / (1 + snr**0.5), snr
+    alphas = scheduler.alphas_cumprod
+    schedule = alphas / (1 - alphas)
+    timestep = int((schedule / snr).log().abs().argmin())
+    return timestep, float(schedule[timestep])
 
 
 def denoise(pipeline, latents, noise, labels, timesteps, batch_size):

@@ -33,7 +33,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_length", type=number(int, minimum=3), default=24, help="tokens of a prompt")
     parser.add_argument(
         "--prediction_type",
-        choices=("epsilon", "v_prediction"),
+        choices=("epsilon", "v_prediction", "sample"),
         default="v_prediction",
         help="what the UNet is to predict",
     )

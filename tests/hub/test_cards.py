@@ -85,10 +85,14 @@ def test_the_recipes_in_a_card_are_those_of_its_commands(name):
 @pytest.mark.parametrize("name", [name for name in TRAINED if name.startswith("pqgan")])
 def test_results_of_the_model_index_are_those_that_were_measured(name):
     card = committed(name)
-    result = read_json(ROOT / f"benchmarks/results/evaluation/{name}/debian-tiles-validation-256/results.json")
-    scores = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
-    assert scores and scores == {metric: result["scores"][metric] for metric in scores}
-    assert results_table([result]).strip() in card.text and result["date"] in card.text
+    paths = (ROOT / "benchmarks/results/evaluation" / name).glob("*/results.json")
+    results = {path.parent.name: read_json(path) for path in paths}
+    assert results.keys() == {"debian-tiles-validation-256", "test-photographs-test-512"}
+    for folder, result in results.items():
+        entries = [entry for entry in card.data.eval_results if folder.startswith(f"{entry.dataset_name}-")]
+        scores = {entry.metric_type: entry.metric_value for entry in entries}
+        assert scores and scores == {metric: result["scores"][metric] for metric in scores}
+        assert results_table([result]).strip() in card.text and result["date"] in card.text
     # As huggingface_hub reads them and writes them again.
     assert ModelCard(str(card)).data.eval_results == card.data.eval_results
 

@@ -121,10 +121,12 @@ def test_trains_a_dit_by_flow_matching_from_cached_codes(workspace):
     cache += ("--output_dir", workspace / "codes", "--label_column", "category", "--resolution", 32)
     run("encode_dataset.py", *cache)
     extra = ("--latents_dir", workspace / "codes", "--objective", "flow_matching", "--noise_shift", "auto")
+    extra += ("--prediction_type", "sample")
     result = train(workspace, "dit", *extra, "--weighting_scheme", "logit_normal", denoiser="transformer")
     assert "The denoiser is 16 wide, but sees 32 values at a place" in result.stdout
     pipeline = LatentDiffusionPQPipeline.from_pretrained(workspace / "dit")
     assert pipeline.unet is None and pipeline.scheduler.config.shift == pytest.approx((8 * 8 * 8 / 4096) ** 0.5)
+    assert pipeline.scheduler.config.prediction_type == "sample"
     start = create_class_conditional_denoiser(DIT, 8, 8, 3).state_dict()
     trained = weights(workspace / "dit", "transformer")
     changed = [name for name, value in trained.items() if name.endswith("norm1.linear.weight") and value.any()]
@@ -210,7 +212,8 @@ def test_a_resumed_run_takes_new_rates_and_refuses_code_in_its_checkpoint(worksp
     "extra, message",
     [
         (["--objective", "flow_matching", "--snr_gamma", "5"], "--snr_gamma is of diffusion"),
-        (["--rescale_betas_zero_snr"], "needs --prediction_type v_prediction"),
+        (["--objective", "flow_matching", "--prediction_type", "v_prediction"], "v_prediction is of diffusion"),
+        (["--rescale_betas_zero_snr"], "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample"),
         (["--weighting_scheme", "logit_normal"], "needs --objective flow_matching"),
     ],
 )

@@ -65,7 +65,11 @@ class ObjectiveOptions(NoiseOptions):
 
     objective: str = flag("diffusion", "what the denoiser learns", choices=("diffusion", "flow_matching"), fixed=True)
     prediction_type: str = flag(
-        "epsilon", "what a denoiser of diffusion predicts", choices=("epsilon", "v_prediction"), fixed=True
+        "epsilon",
+        "what the denoiser of diffusion predicts; that of flow matching predicts the velocity, or with sample the "
+        "latents, too",
+        choices=("epsilon", "v_prediction", "sample"),
+        fixed=True,
     )
     weighting_scheme: str = flag(
         "none", "how the timesteps of flow matching are drawn", choices=("none", "logit_normal")
@@ -74,14 +78,15 @@ class ObjectiveOptions(NoiseOptions):
     def check(self):
         super().check()
         if self.objective == "flow_matching":
-            usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "snr_gamma": None}
-            for name, default in usual.items():
+            for name, default in {"rescale_betas_zero_snr": False, "snr_gamma": None}.items():
                 if getattr(self, name) != default:
                     raise ValueError(f"--{name} is of diffusion: leave it out with --objective flow_matching")
+            if self.prediction_type == "v_prediction":
+                raise ValueError("--prediction_type v_prediction is of diffusion: flow matching knows sample")
         elif self.weighting_scheme != "none":
             raise ValueError("--weighting_scheme needs --objective flow_matching")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError("--rescale_betas_zero_snr needs --prediction_type v_prediction")
+            raise ValueError("--rescale_betas_zero_snr needs --prediction_type v_prediction or sample")
 
 
 @dataclass(kw_only=True)

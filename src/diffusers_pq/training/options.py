@@ -306,7 +306,7 @@ class NoiseOptions(Options):
         'more noise for larger latents: "auto", by their size and channels, or a number; 1 shifts nothing',
         parse=noise_shift,
     )
-    rescale_betas_zero_snr: bool = flag(False, "end in pure noise; needs v prediction")
+    rescale_betas_zero_snr: bool = flag(False, "end in pure noise; needs v prediction or sample prediction")
     noise_offset: float = flag(
         0.0,
         "also add noise that is the same all over a channel, times this; helps with very dark and bright pictures",

@@ -86,7 +86,7 @@ def create_stable_diffusion(
         tokenizer (`CLIPTokenizer`)
         unet_config, text_encoder_config (`dict`): Of `UNet2DConditionModel` and `CLIPTextConfig`; channels, prompt
             embedding and vocabulary are filled in.
-        prediction_type (`str`): `"epsilon"` or `"v_prediction"`.
+        prediction_type (`str`): `"epsilon"`, `"v_prediction"` or `"sample"`.
     """
     text_config = CLIPTextConfig(
         **text_encoder_config,
