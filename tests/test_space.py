@@ -20,6 +20,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.reconstruction import reconstruct_picture
+from diffusers_pq.tables import LATENT_COLUMNS, SCORE_COLUMNS
 from diffusers_pq.training.stable_diffusion import create_stable_diffusion, train_clip_tokenizer
 
 
@@ -27,6 +28,7 @@ pytest.importorskip("gradio", reason='The Space is not installed: pip install -e
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "spaces" / "pqgan"
+COLUMNS = SCORE_COLUMNS | LATENT_COLUMNS
 # Seconds that anything may take on a busy machine.
 PATIENCE = 120
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -180,7 +182,7 @@ def test_an_upload_is_reconstructed_and_measured(page, picture):
         scores = reconstruct_picture(
             load_autoencoder(str(ROOT / "model_cards" / f"pqgan-mini-f8-{name.lower()}")), content
         ).scores
-        expected = [f"{scores['psnr']:.2f}", f"{scores['ssim']:.3f}", f"{scores['bits_per_pixel']:.3f}"]
+        expected = [format(scores[key], COLUMNS[key][1]) for key in ("psnr", "ssim", "bits_per_pixel")]
         assert cells[:3] == expected, name
     page.wait(lambda: page.picture_sizes("Original | reconstruction") == [(101, 80)] * 2)
     page.wait(lambda: page.picture_sizes("64 x 64, KL") == [(384, 384)])
