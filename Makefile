@@ -169,8 +169,10 @@ endif
 RESULTS ?=
 GPU_OUTPUT = $(if $(RESULTS),--output_dir $(RESULTS))
 
-build/site: $(wildcard .whl/*.whl)
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --no-compile --upgrade --target $@ $^ .
+WHEELS = $(wildcard .whl/*.whl)
+build/site: $(WHEELS) $(shell find src pipelines -name "*.py")
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --no-compile --upgrade --target $@ $(WHEELS) .
+	touch $@
 
 build/data: .whl/data.tar.gz
 	mkdir -p $@
