@@ -102,14 +102,14 @@ def parse_args(argv=None):
     )
     args = parser.parse_args(argv)
     args.runs = {name: Path(folder) for name, folder in args.runs}
-    for name, folder in args.runs.items():
-        if not folder.is_dir():
-            parser.error(f"--runs {name}={folder}: there is no such folder")
     return args
 
 
 def read_configs(runs):
-    """How each run was trained; a `ValueError` if not as the others."""
+    """How each run was trained; a `ValueError` if not as the others, or if there is no such run."""
+    for label, folder in runs.items():
+        if not folder.is_dir():
+            raise ValueError(f"--runs {label}={folder}: there is no such folder")
     configs = {label: read_json(folder / "training_config.json") for label, folder in runs.items()}
     first, *others = configs
     for label in others:
@@ -252,8 +252,8 @@ def markdown_tables(record):
 
 def main(args):
     accelerator = Accelerator(cpu=True)
-    pipelines = {label: LatentDiffusionPQPipeline.from_pretrained(folder) for label, folder in args.runs.items()}
     configs = read_configs(args.runs)
+    pipelines = {label: LatentDiffusionPQPipeline.from_pretrained(folder) for label, folder in args.runs.items()}
     config = next(iter(configs.values()))
     names = list(next(iter(pipelines.values())).config.id2label.values())
     data = EvaluationData(data_dir=config["train_data_dir"], split="train", resolution=config["resolution"])
