@@ -216,8 +216,9 @@ def test_latents_kept_in_memory_train_as_their_pictures(workspace):
         assert result.stdout.count("9 pictures are encoded: 0.00 GiB") == 2, "once in each stage"
         weights = unet_weights(workspace / f"{name}-each")
         for key, value in unet_weights(workspace / f"{name}-once").items():
-            # Only the batches in which pictures are encoded differ; codes do not notice.
-            torch.testing.assert_close(value, weights[key], rtol=0, atol=0 if name == "pq" else 1e-3)
+            # Only the batches in which pictures are encoded differ. Codes do not notice; Adam's first steps follow the
+            # sign of a gradient, and of the smallest ones rounding changes it.
+            assert (value - weights[key]).abs().mean() <= (0 if name == "pq" else 1e-4)
 
 
 def test_trains_on_pictures_of_many_proportions_and_resumes_exactly(workspace):
