@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/python benchmarks/overview.py --output outputs/demo/overview.jpg
 
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests
 
 # Thousands of damaged pictures, compressed files, models and checkpoints; `make test` takes a few hundred.
 FUZZ_COUNT ?= 3000

@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 
 
 # Tests never wait for a network: the models and data they use are built here.
@@ -13,7 +14,14 @@ from diffusers import UNet2DConditionModel  # noqa: E402
 from diffusers_pq import PQModel  # noqa: E402
 
 
+# Files with few tests that take minutes.
+LONG = ("test_notebook.py",)
+
+
 def pytest_collection_modifyitems(items):
+    # A long file at the end would leave one of two workers idle; `--no-loadscope-reorder` keeps this order.
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -150,7 +150,7 @@ def test_half_precision_keeps_codebooks_and_rotation_exact(vae, pictures, tmp_pa
 
 
 def test_bad_input_is_named(vae, pictures, model, tmp_path):
-    with pytest.raises(TypeError, match="without a quantiser, but is a PQModel"):
+    with pytest.raises(TypeError, match="without a quantiser, but is of class PQModel"):
         product_quantize(model, [pictures], 2, 4)
     with pytest.raises(TypeError, match="must be an autoencoder of RGB pictures, but is a UNet"):
         product_quantize(diffusers.UNet1DModel(block_out_channels=(32, 32, 64)), [pictures], 2, 4)

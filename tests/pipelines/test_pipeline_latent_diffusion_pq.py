@@ -133,7 +133,7 @@ def test_wrong_labels_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             generate(pipeline, labels)
-    with pytest.raises(ValueError, match="unknown class 'bird'; known names are none, for want of an `id2label`"):
+    with pytest.raises(ValueError, match="unknown class 'bird'; known names are none, since there is no `id2label`"):
         generate(make(names=None), ["bird"])
 
 

@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_refused(pipeline, components):
         generate(pipeline, height=30, width=32)
     with pytest.raises(ValueError, match="`unet` takes 4 latent channels, but the `vae` has 8"):
         StableDiffusionXLPQPipeline(**components | {"unet": stable_diffusion_xl(None, 4)["unet"]})
-    with pytest.raises(ValueError, match="`unet` is no UNet of Stable Diffusion XL"):
+    with pytest.raises(ValueError, match="`unet` is not a UNet of Stable Diffusion XL"):
         StableDiffusionXLPQPipeline(**components | {"unet": tiny_unet(8)})
     with pytest.raises(ValueError, match="`unet` is a UNet of Stable Diffusion XL: StableDiffusionPQPipeline takes"):
         StableDiffusionPQPipeline(**stable_diffusion(components["vae"], 8) | {"unet": components["unet"]})
