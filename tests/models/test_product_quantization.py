@@ -152,7 +152,7 @@ def test_half_precision_keeps_codebooks_and_rotation_exact(vae, pictures, tmp_pa
 def test_bad_input_is_named(vae, pictures, model, tmp_path):
     with pytest.raises(TypeError, match="without a quantiser, but is of class PQModel"):
         product_quantize(model, [pictures], 2, 4)
-    with pytest.raises(TypeError, match="must be an autoencoder of RGB pictures, but is a UNet"):
+    with pytest.raises(TypeError, match="must be an autoencoder of RGB pictures, but is of class UNet"):
         product_quantize(diffusers.UNet1DModel(block_out_channels=(32, 32, 64)), [pictures], 2, 4)
     with pytest.raises(ValueError, match="8 is not divisible by 3"):
         product_quantize(vae, [pictures], 3, 4)
