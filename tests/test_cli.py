@@ -47,6 +47,7 @@ def test_errors_are_one_line_and_leave_no_file(model_folder, tmp_path, capsys):
             "must end in the suffix",
         ),
         (["decompress", str(tmp_path / "codes"), "--model", "absent", "--output", "x"], "must end in the suffix"),
+        (["decompress", "/dev/zero", "--model", "absent", "--output", "x.png"], "/dev/zero is a device"),
         (["convert", "absent.ckpt", "--output", str(tmp_path / "new")], "No such checkpoint: absent.ckpt"),
         (["prepare-data", model_folder], "exists already"),
         (["prepare-data", str(tmp_path / "data"), "--packages-dir", model_folder], "No pictures found"),

@@ -316,6 +316,8 @@ def _decompress(args):
     from .images import check_picture_output, save_image
 
     check_picture_output(args.output, args.file)
+    if args.file.is_char_device() or args.file.is_block_device():  # /dev/zero never ends
+        raise ValueError(f"{args.file} is a device: give a file that `compress` wrote.")
     data = args.file.read_bytes()
     model = load_autoencoder(args.model).to(args.device)
     save_image(decompress_picture(model, data), args.output)
