@@ -152,7 +152,8 @@ def test_an_adapter_is_trained_that_our_pipelines_load(family, workspace):
     assert np.abs(paint(pipeline) - before).max() > 1e-4
 
 
-@by_family
+# Stable Diffusion has one of the two text encoders of XL.
+@by_new_family
 def test_captions_that_are_encoded_once_train_the_same(family, workspace):
     extra = ("--proportion_empty_prompts", 0.5, "--dataloader_num_workers", 1, "--validation_steps", 1)
     extra += ("--validation_prompts", "a leaf")
