@@ -12,32 +12,26 @@ model learns from when none has to be read. Writes loader_speed.json.
 import datetime
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from PIL.Image import Resampling
-from training_speed import our_trainer
+from training_speed import add_training_flags, our_trainer
 
 from diffusers_pq import PQModel
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.loaders import build_train_loader
 from diffusers_pq.data.pictures import Crops, PictureSource
 from diffusers_pq.files import write_json
-from diffusers_pq.flags import COUNT, COUNT_OR_NONE, FlagParser, device, output_folder
+from diffusers_pq.flags import COUNT, COUNT_OR_NONE, FlagParser
 from diffusers_pq.measuring import describe_machine, measure_seconds, results_folder
 from diffusers_pq.photographs import load_photographs
 
 
 def parse_args(argv=None):
     parser = FlagParser(description=__doc__)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=Path("model_cards/pqgan-mini-f8-pq/config.json"),
-        help="config.json of a PQModel",
-    )
+    add_training_flags(parser)
     parser.add_argument("--resolution", type=COUNT, default=256, help="side of the crops, in pixels")
     parser.add_argument("--picture_side", type=COUNT, default=512, help="side of the pictures, in pixels")
     parser.add_argument("--pictures", type=COUNT, default=200, help="number of pictures")
@@ -45,16 +39,6 @@ def parse_args(argv=None):
     parser.add_argument("--batches", type=COUNT, default=20, help="batches that are timed")
     parser.add_argument(
         "--num_workers", nargs="+", type=COUNT_OR_NONE, default=[0, 1], help="processes that read pictures"
-    )
-    parser.add_argument("--device", type=device, default="cpu", help="device to compute on")
-    parser.add_argument(
-        "--mixed_precision",
-        choices=("no", "fp16", "bf16"),
-        default="no",
-        help="precision of the forward pass, such as bf16",
-    )
-    parser.add_argument(
-        "--output_dir", type=output_folder, help="folder of the results; default: experiments/results/ and the device"
     )
     return parser.parse_args(argv)
 
@@ -69,19 +53,14 @@ def write_pictures(folder, count, side):
 
 def pictures_per_second(batches, learn, args):
     """Of the batches after the first two, with which workers and device warm up."""
-    for _ in range(2):
-        learn(next(batches).to(args.device, non_blocking=True))
-    _wait(args.device)
-    started = time.perf_counter()
-    for _ in range(args.batches):
-        learn(next(batches).to(args.device, non_blocking=True))
-    _wait(args.device)
-    return args.batches * args.batch_size / (time.perf_counter() - started)
 
+    def learn_from(count):
+        for _ in range(count):
+            learn(next(batches).to(args.device, non_blocking=True))
 
-def _wait(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+    learn_from(2)
+    seconds = measure_seconds(lambda: learn_from(args.batches), 1, args.device, warm_up=0)
+    return args.batches * args.batch_size / seconds
 
 
 def main(args):

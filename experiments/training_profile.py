@@ -12,16 +12,15 @@ waits for the host. Writes training_profile.json.
 
 import datetime
 import json
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from training_speed import our_trainer
+from training_speed import add_training_flags, our_trainer
 
 from diffusers_pq import PQModel
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import write_json
-from diffusers_pq.flags import COUNT, FlagParser, device, output_folder
+from diffusers_pq.flags import COUNT, FlagParser
 from diffusers_pq.measuring import describe_machine, measure_seconds, results_folder
 
 
@@ -39,25 +38,10 @@ OTHER = "other"  # activations, losses, copies
 
 def parse_args(argv=None):
     parser = FlagParser(description=__doc__)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=Path("model_cards/pqgan-mini-f8-pq/config.json"),
-        help="config.json of a PQModel",
-    )
+    add_training_flags(parser)
     parser.add_argument("--resolution", type=COUNT, default=128, help="side of the pictures, in pixels")
     parser.add_argument("--batch_size", type=COUNT, default=4, help="pictures at once")
-    parser.add_argument("--device", type=device, default="cpu", help="device to compute on")
-    parser.add_argument(
-        "--mixed_precision",
-        choices=("no", "fp16", "bf16"),
-        default="no",
-        help="precision of the forward pass, such as bf16",
-    )
     parser.add_argument("--repeats", type=COUNT, default=3, help="measurements of a step, of which the median counts")
-    parser.add_argument(
-        "--output_dir", type=output_folder, help="folder of the results; default: experiments/results/ and the device"
-    )
     return parser.parse_args(argv)
 
 

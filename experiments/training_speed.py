@@ -56,21 +56,15 @@ BLOCKS = (
 VARIANTS = {"plain": {}, "channels_last": {"channels_last": True}, "compiled": {"compile": True}}
 
 
-def parse_args(argv=None):
-    parser = FlagParser(description=__doc__)
+def add_training_flags(parser):
+    """What is trained, where and how, and where the results go."""
     parser.add_argument(
         "--config",
         type=Path,
         default=Path("model_cards/pqgan-mini-f8-pq/config.json"),
         help="config.json of a PQModel",
     )
-    parser.add_argument("--resolution", type=COUNT, default=128, help="side of the pictures, in pixels")
-    parser.add_argument("--batch_size", type=COUNT, default=4, help="pictures at once")
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=["plain"], help="ways in which ours is trained"
-    )
     parser.add_argument("--device", type=device, default="cpu", help="device to compute on")
-    parser.add_argument("--repeats", type=COUNT, default=7, help="measurements, of which the median counts")
     parser.add_argument(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
@@ -80,6 +74,17 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output_dir", type=output_folder, help="folder of the results; default: experiments/results/ and the device"
     )
+
+
+def parse_args(argv=None):
+    parser = FlagParser(description=__doc__)
+    add_training_flags(parser)
+    parser.add_argument("--resolution", type=COUNT, default=128, help="side of the pictures, in pixels")
+    parser.add_argument("--batch_size", type=COUNT, default=4, help="pictures at once")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["plain"], help="ways in which ours is trained"
+    )
+    parser.add_argument("--repeats", type=COUNT, default=7, help="measurements, of which the median counts")
     return parser.parse_args(argv)
 
 

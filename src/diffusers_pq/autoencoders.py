@@ -145,6 +145,13 @@ def downsampling_factor(model: nn.Module) -> int:
     return 2 ** (len(levels) - 1)
 
 
+def check_resolution(name: str, resolution: int, factor: int, patch_size: int = 1):
+    """Raise a `ValueError` if pictures of this side have no whole latents or patches; `name` is that of the flag."""
+    if resolution % (factor * patch_size):
+        patches = f" times the patch size {patch_size}" if patch_size > 1 else ""
+        raise ValueError(f"{name}: {resolution} must be a multiple of the downsampling factor F = {factor}{patches}.")
+
+
 def encode_pictures(model: nn.Module, images: torch.Tensor) -> BaseOutput:
     """`model.encode` of pictures `[B, 3, H, W]` in [-1, 1], also where it takes videos or another range."""
     if isinstance(model, AutoencoderKLQwenImage):

@@ -210,11 +210,10 @@ def _widen_unet(args):
     import torch
     from diffusers import AutoModel
 
-    from .files import folder_or_hub
+    from .files import check_new, folder_or_hub
     from .models.widening import widen_denoiser
 
-    if args.output.exists():
-        raise FileExistsError(f"{args.output} exists already: choose another folder or remove it.")
+    check_new(args.output)
     options = {"subfolder": args.subfolder, "dtype": getattr(torch, args.dtype), "use_safetensors": True}
     try:
         with folder_or_hub(args.denoiser):
@@ -245,11 +244,10 @@ def _write_code(args):
 
 
 def _save_modular(args):
-    from .files import folder_or_hub
+    from .files import check_new, folder_or_hub
     from .hub.modular import load_pipeline, save_modular, to_modular
 
-    if args.output.exists():
-        raise FileExistsError(f"{args.output} exists already: choose another folder or remove it.")
+    check_new(args.output)
     with folder_or_hub(args.pipeline):
         pipeline = load_pipeline(args.pipeline)
     save_modular(to_modular(pipeline), args.output, args.repo_id)

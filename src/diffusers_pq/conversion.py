@@ -21,7 +21,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file
 
-from .files import hub_tried_once
+from .files import check_new, hub_tried_once
 from .models.autoencoder_pq import PQModel
 
 
@@ -126,8 +126,7 @@ def convert_checkpoint(
         FileNotFoundError, OSError, ValueError: see [`load_original_autoencoder`].
     """
     output_dir = Path(output_dir)
-    if output_dir.exists():
-        raise FileExistsError(f"{output_dir} exists already: choose another folder or remove it.")
+    check_new(output_dir)
     model = load_original_autoencoder(checkpoint, config, target, **options)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent) as scratch:

@@ -19,6 +19,7 @@ from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from tqdm import tqdm
 
+from .files import check_new
 from .images import load_image, save_image
 
 
@@ -262,8 +263,7 @@ def new_folder(output_dir: str | os.PathLike) -> Iterator[Path]:
         FileExistsError: if `output_dir` exists.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists():
-        raise FileExistsError(f"{output_dir} exists already: choose another folder or remove it.")
+    check_new(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent) as scratch:
         unfinished = Path(scratch, "dataset")

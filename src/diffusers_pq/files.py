@@ -41,6 +41,12 @@ def check_output_folder(path: str | os.PathLike):
         raise ValueError(f"The output folder {path} cannot be made, since {found} is a file: name another folder.")
 
 
+def check_new(path: str | os.PathLike):
+    """Raise a `FileExistsError` if there is something at the path already."""
+    if Path(path).exists():
+        raise FileExistsError(f"{path} exists already: choose another folder or remove it.")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """

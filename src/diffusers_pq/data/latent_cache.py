@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..autoencoders import weights_digest
+from ..autoencoders import check_resolution, weights_digest
 from ..files import read_json, replacing, write_json
 from ..models.autoencoder_pq import PQModel
 from ..models.quantizer import bits_per_code
@@ -79,11 +79,7 @@ def encode_dataset(
             no picture can be used, the model cannot encode such crops, or the column is one of neither captions nor
             classes.
     """
-    factor = vae.downsampling_factor
-    if crops.resolution % factor:
-        raise ValueError(
-            f"--resolution: {crops.resolution} must be a multiple of the downsampling factor F = {factor}."
-        )
+    check_resolution("--resolution", crops.resolution, vae.downsampling_factor)
     check_condition_column(dataset, condition_column)
     _check_pictures(dataset, crops)
     folder = Path(output_dir) / str(crops.resolution)

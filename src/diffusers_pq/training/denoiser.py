@@ -656,13 +656,6 @@ def _load_stage(options, accelerator, task, stage) -> tuple:
         )
 
 
-def check_resolution(name: str, resolution: int, factor: int, patch_size: int = 1):
-    """Raise a `ValueError` if pictures of this side have no whole latents or patches; `name` is that of the flag."""
-    if resolution % (factor * patch_size):
-        patches = f" times the patch size {patch_size}" if patch_size > 1 else ""
-        raise ValueError(f"{name}: {resolution} must be a multiple of the downsampling factor F = {factor}{patches}.")
-
-
 def paint_each(model: nn.Module, pipeline: Callable, argument: str, values: list, seed: int) -> torch.Tensor:
     """
     A picture of each value of a pipeline's argument, uint8 `[N, 3, H, W]`; `model`, its denoiser, is left in training
@@ -757,14 +750,7 @@ def _build_validation(options, accelerator, task) -> DenoisingValidation | None:
     if not rows:
         logger.warning("No picture of the validation can be used: no validation loss.")
         return None
-    crops = Crops(
-        data.image_column,
-        task.stages[-1].resolution,
-        resize_mode=data.resize_mode,
-        image_interpolation_mode=data.image_interpolation_mode,
-        center_crop=True,
-        min_image_side=1,
-    )
+    crops = data.validation_crops(task.stages[-1].resolution)
     transform = ConditionedCrops(crops, task.validation_condition, task.with_sizes)
     objective, batch_size = task.objective.for_validation(), options.optim.train_batch_size
     return DenoisingValidation(accelerator, rows, transform, objective, batch_size)

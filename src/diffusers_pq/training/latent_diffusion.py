@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from accelerate.utils import DistributedType
 
-from ..autoencoders import downsampling_factor, load_pretrained
+from ..autoencoders import check_resolution, downsampling_factor, load_pretrained
 from ..data.conditions import ClassLabels, class_names
 from ..files import naming, read_json
 from ..flags import REQUIRED, Options, flag, with_default
@@ -20,7 +20,6 @@ from .denoiser import (
     DenoiserTask,
     DenoisingObjective,
     Stage,
-    check_resolution,
     measure_statistics,
     paint_each,
     saved_autoencoder,

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from diffusers import AmusedScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..autoencoders import load_pq_model
+from ..autoencoders import check_resolution, load_pq_model
 from ..data.conditions import ClassLabels, Prompts, class_names
 from ..files import folder_or_hub, naming, read_json
 from ..flags import REQUIRED, Options, flag, with_default
@@ -26,7 +26,6 @@ from .denoiser import (
     DenoiserOptions,
     DenoiserTask,
     Stage,
-    check_resolution,
     fetched,
     paint_each,
     saved_autoencoder,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..data.pictures import INTERPOLATION_MODES, RESIZE_MODES, PictureSource
+from ..data.pictures import INTERPOLATION_MODES, RESIZE_MODES, Crops, PictureSource
 from ..files import check_output_folder
 from ..flags import Command, Options, as_flag, changed_on_resuming, flag, with_default
 
@@ -79,6 +79,17 @@ class DataOptions(Options):
             self.dataset_config_name,
             self.cache_dir,
             self.streaming,
+        )
+
+    def validation_crops(self, resolution: int) -> Crops:
+        """Of each picture, also a small one, the middle, so that all validations see the same."""
+        return Crops(
+            self.image_column,
+            resolution,
+            resize_mode=self.resize_mode,
+            image_interpolation_mode=self.image_interpolation_mode,
+            center_crop=True,
+            min_image_side=1,
         )
 
 

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType, broadcast
 from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 
-from ..autoencoders import create_autoencoder, downsampling_factor, load_autoencoder
+from ..autoencoders import check_resolution, create_autoencoder, downsampling_factor, load_autoencoder
 from ..data.loaders import build_train_loader, first_batches
 from ..data.pictures import RESIZE_MODES, Crops, usable_rows
 from ..flags import Options, flag, with_default
@@ -612,7 +612,7 @@ def train_pqgan(options: PQGANOptions, build: Callable[[], nn.Module] | None = N
     train_images = load_train_split(data)
     count_steps(optim, train_images, options.pictures_per_batch, accelerator)
     autoencoder = build_autoencoder(options.model, codebooks) if build is None else build()
-    _check_resolution(data.resolution, autoencoder)
+    check_resolution("--resolution", data.resolution, downsampling_factor(autoencoder))
     if build is None and options.model.weight_init != "default" and run.checkpoint is None:
         fit_to_images(options, autoencoder, train_images)
     model = ReconstructionModel(prepare_model(optim, autoencoder, (autoencoder.encoder, autoencoder.decoder)))
@@ -706,12 +706,6 @@ def build_discriminator(model: AutoencoderOptions, loss: LossOptions) -> PatchDi
     return PatchDiscriminator()
 
 
-def _check_resolution(resolution, autoencoder):
-    factor = downsampling_factor(autoencoder)
-    if resolution % factor:
-        raise ValueError(f"--resolution {resolution} must be a multiple of the downsampling factor F = {factor}.")
-
-
 def _random_crops(data):
     return Crops(
         data.image_column,
@@ -781,14 +775,7 @@ def _build_validation(options, accelerator, perceptual_loss):
         logger.warning("No picture of the validation can be used: no validation.")
         return None
     lpips = perceptual_loss or _available_lpips()
-    crops = Crops(
-        data.image_column,
-        data.resolution,
-        resize_mode=data.resize_mode,
-        image_interpolation_mode=data.image_interpolation_mode,
-        center_crop=True,
-        min_image_side=1,
-    )
+    crops = data.validation_crops(data.resolution)
     return ReconstructionValidation(accelerator, rows, crops, options.optim.train_batch_size, lpips)
 
 

@@ -17,7 +17,7 @@ from diffusers.training_utils import offload_models, parse_buckets_string
 from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..autoencoders import downsampling_factor, load_autoencoder
+from ..autoencoders import check_resolution, downsampling_factor, load_autoencoder
 from ..data.conditions import Prompts, caption_texts
 from ..data.latent_cache import load_cached_codes
 from ..data.pictures import aspect_ratio_buckets
@@ -31,7 +31,6 @@ from .denoiser import (
     DenoiserTask,
     DenoisingObjective,
     Stage,
-    check_resolution,
     measure_statistics,
     paint_each,
     parse_stages,
