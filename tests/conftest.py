@@ -14,12 +14,22 @@ from diffusers import UNet2DConditionModel  # noqa: E402
 from diffusers_pq import PQModel  # noqa: E402
 
 
-# Files with few tests that take minutes.
-LONG = ("test_notebook.py",)
+# Files that take a minute or more, some of them with few tests.
+LONG = {
+    "test_bottlenecks.py",
+    "test_distribution.py",
+    "test_families.py",
+    "test_notebook.py",
+    "test_push.py",
+    "test_train_ldm.py",
+    "test_train_masked.py",
+    "test_train_pqsd.py",
+    "test_training.py",
+}
 
 
 def pytest_collection_modifyitems(items):
-    # A long file at the end would leave one of two workers idle; `--no-loadscope-reorder` keeps this order.
+    # Long files at the end would leave one of two workers idle; `--no-loadscope-reorder` keeps this order.
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path]))
     if torch.cuda.is_available():
