@@ -40,6 +40,9 @@ from diffusers_pq.metrics import (
 from diffusers_pq.photographs import load_photographs
 
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
 class TinyFeatures(nn.Module):
     """Six features of a random convolution, for uint8 pictures."""
 
@@ -373,7 +376,7 @@ def test_cmmd_has_the_formula_of_its_reference():
     metric = CMMD(network)
     metric.update(images=x[:3], references=y)
     metric.update(images=x[3:])
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
 
     def embed(batch):
         pixels = (batch / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -406,9 +409,85 @@ def test_cmmd_resizes_floats_as_its_reference_does(size):
     CMMD(network).update(images=picture[None])
     top = (size[0] - size[1]) // 2
     square = picture[None, :, top : top + size[1]] / 255
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD).view(3, 1, 1)
+    mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
     torch.testing.assert_close(seen[0] * std + mean, resized(square, 32, cubic), atol=1e-5, rtol=0)
+
+
+def sampled(pictures, side):
+    """Pictures `[B, 3, H, W]` resampled by Keys' kernel with a = -0.75 at four points, without antialiasing."""
+
+    def weights(length):
+        centres = (np.arange(side) + 0.5) * length / side - 0.5
+        table = np.zeros((side, length))
+        for row, centre in enumerate(centres):
+            for point in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+                x = abs(centre - point)
+                near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * x**3 + 3.75 * x**2 - 6 * x + 3
+                table[row, min(max(point, 0), length - 1)] += near if x <= 1 else far
+        return torch.from_numpy(table)
+
+    rows, columns = (weights(length) for length in pictures.shape[-2:])
+    return rows @ pictures.double() @ columns.T
+
+
+@pytest.mark.parametrize("side", [20, 45])
+def test_cmmd_of_the_papers_authors_has_their_formula_and_resizing_before_rounding(side):
+    network = tiny_clip()
+    x, y = (pictures(5, seed, (side, side)) / 127.5 - 1 + 0.003 * seed for seed in (1, 0))
+    x[0] *= 1.2  # values outside are clamped
+    metric, rounded = CMMD(network, antialias=False, rounded=False), CMMD(network)
+    for part in (slice(0, 3), slice(3, 5)):
+        stored = {"images": to_uint8(x[part]), "references": to_uint8(y[part])}
+        for one in (metric, rounded):
+            one.update(**stored, samples=x[part], originals=y[part])
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+
+    def embed(samples):
+        pixels = (sampled((samples.clamp(-1, 1) + 1) / 2, 32) - mean) / std
+        embedded = network.double()(pixels).image_embeds
+        return embedded / embedded.norm(dim=1, keepdim=True)
+
+    def kernel(a, b):
+        squares = -2 * a @ b.T + (a * a).sum(1)[:, None] + (b * b).sum(1)[None]
+        return torch.exp(-squares / (2 * 10**2)).mean()
+
+    found, other = float(metric.compute()), float(rounded.compute())
+    x, y = embed(x), embed(y)
+    expected = 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
+    assert found == pytest.approx(float(expected), rel=1e-4) and other != pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("as_authors", [False, True])
+def test_metrics_are_loaded_as_the_authors_compute_them_if_asked_to(monkeypatch, as_authors):
+    antialiased = []
+
+    def load_inception(metric, output, antialias):
+        antialiased.append(antialias)
+        return TinyFeatures()
+
+    monkeypatch.setattr("diffusers_pq.metrics._load_inception", load_inception)
+    monkeypatch.setattr("diffusers_pq.metrics._load_clip", tiny_clip)
+    monkeypatch.setattr("diffusers_pq.metrics.load_lpips", lambda backbone: nn.Identity())
+    names = ["rfid", "kid", "inception_score", "cmmd", "lpips_alex", "lpips_vgg"]
+    metrics, _ = load_metrics(names, as_authors)
+    assert antialiased == [as_authors] * 3 and metrics["cmmd"].antialias != as_authors
+    assert all(metrics[name].rounded != as_authors for name in ("cmmd", "lpips_alex", "lpips_vgg"))
+
+
+def test_lpips_before_rounding_is_of_the_samples():
+    torch.manual_seed(0)
+    network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    originals = torch.rand(2, 3, 64, 64) * 2 - 1
+    samples = originals + 0.004 * torch.randn(originals.shape)
+    metric = LPIPS(network, rounded=False)
+    metric.update(to_uint8(samples), to_uint8(originals), samples, originals)
+    with torch.no_grad():
+        expected = float(network(samples.clamp(-1, 1), originals).mean())
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-3)
+    stored = LPIPS(network)
+    stored.update(to_uint8(samples), to_uint8(originals), samples, originals)
+    assert float(stored.compute()) != pytest.approx(expected, rel=1e-2)
 
 
 def test_scores_do_not_depend_on_the_batch_size():

@@ -53,7 +53,7 @@ def main(args):
             args.output_dir,
             name=name,
             metrics=args.metrics,
-            inception_antialias=args.inception_antialias,
+            as_authors=args.as_authors,
             batch_size=args.batch_size,
             num_workers=args.dataloader_num_workers,
             streaming=args.streaming,

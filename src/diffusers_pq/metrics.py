@@ -145,8 +145,11 @@ class _MeanOverPictures(Metric):
     def update(self, images: torch.Tensor, references: torch.Tensor):
         """Add pictures and their originals, uint8 `[B, 3, H, W]`."""
         _check_pictures(images=images, references=references)
-        self.total += self.scores(images, references).double().sum()
-        self.pictures += len(images)
+        self._add(self.scores(images, references))
+
+    def _add(self, scores):
+        self.total += scores.double().sum()
+        self.pictures += len(scores)
 
     def compute(self) -> torch.Tensor:
         return self.total / self.pictures
@@ -187,8 +190,7 @@ class PooledPSNR(Metric):
         `originals` in [-1, 1] are compared instead; values outside are clamped.
         """
         _check_pictures(images=images, references=references)
-        if samples is not None and originals is not None:
-            images, references = ((pictures.clamp(-1, 1) + 1) * 127.5 for pictures in (samples, originals))
+        images, references = _before_rounding(images, references, samples, originals)
         self.squared_error += (images.double() - references.double()).square().sum()
         self.values += images.numel()
 
@@ -209,6 +211,7 @@ class LPIPS(_MeanOverPictures):
 
     Args:
         network (`str` or `nn.Module`): `"alex"`, `"vgg"`, or what [`load_lpips`] returns.
+        rounded (`bool`): Of pictures as they would be stored; `False` takes them before they are rounded.
 
     Raises:
         WeightsUnavailableError: See [`load_lpips`].
@@ -216,12 +219,26 @@ class LPIPS(_MeanOverPictures):
 
     higher_is_better = False
 
-    def __init__(self, network: str | nn.Module = "alex", **kwargs):
+    def __init__(self, network: str | nn.Module = "alex", rounded: bool = True, **kwargs):
         super().__init__(**kwargs)
         self.network = load_lpips(network) if isinstance(network, str) else network
+        self.rounded = rounded
+
+    def update(
+        self,
+        images: torch.Tensor,
+        references: torch.Tensor,
+        samples: torch.Tensor | None = None,
+        originals: torch.Tensor | None = None,
+    ):
+        """Add pictures and their originals; the last two count unless `rounded`, see [`PooledPSNR`]."""
+        _check_pictures(images=images, references=references)
+        if not self.rounded:
+            images, references = _before_rounding(images, references, samples, originals)
+        self._add(self.scores(images, references))
 
     def scores(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-        """Distances `[B]` of uint8 pictures."""
+        """Distances `[B]` of pictures of the range 0 ... 255."""
         return self.network(images / 127.5 - 1, references / 127.5 - 1).flatten()
 
 
@@ -269,9 +286,14 @@ class _OfEmbeddings(Metric):
 
     def update(self, images: torch.Tensor | None = None, references: torch.Tensor | None = None):
         """Add pictures to be judged, originals or real pictures to judge them by, or both; uint8 `[B, 3, H, W]`."""
-        for pictures, state in ((images, self.image_embeddings), (references, self.reference_embeddings)):
+        for pictures in (images, references):
             if pictures is not None:
                 _check_pictures(pictures=pictures)
+        self._add(images, references)
+
+    def _add(self, images, references):
+        for pictures, state in ((images, self.image_embeddings), (references, self.reference_embeddings)):
+            if pictures is not None:
                 state.append(self.embed(pictures).flatten())
 
     def rows(self, state: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
@@ -365,6 +387,9 @@ class CMMD(_OfEmbeddings):
 
     Args:
         network (`CLIPVisionModelWithProjection`, *optional*): Default: CLIP ViT-L/14 at 336 pixels.
+        antialias (`bool`): `False` resizes as PyTorch does by default, the reference's port to PyTorch and the paper's
+            authors: without antialiasing, and with another cubic filter.
+        rounded (`bool`): See [`LPIPS`].
 
     Raises:
         WeightsUnavailableError: if the CLIP weights are neither in the Hub's cache nor downloadable.
@@ -372,20 +397,35 @@ class CMMD(_OfEmbeddings):
 
     higher_is_better = False
 
-    def __init__(self, network: nn.Module | None = None, **kwargs):
+    def __init__(self, network: nn.Module | None = None, antialias: bool = True, rounded: bool = True, **kwargs):
         super().__init__(**kwargs)
         self.network = _load_clip() if network is None else network
         self.embedding_size = self.network.config.projection_dim
+        self.antialias = antialias
+        self.rounded = rounded
+
+    def update(
+        self,
+        images: torch.Tensor | None = None,
+        references: torch.Tensor | None = None,
+        samples: torch.Tensor | None = None,
+        originals: torch.Tensor | None = None,
+    ):
+        """Add pictures to be judged, originals, or both; the last two count unless `rounded`, see [`PooledPSNR`]."""
+        if self.rounded or samples is None or originals is None:
+            super().update(images, references)
+        else:
+            self._add(*_before_rounding(images, references, samples, originals))
 
     def compute(self) -> torch.Tensor:
         x, y = self.rows(self.image_embeddings), self.rows(self.reference_embeddings)
         return 1000 * (2 * _kernel_distance(x, y) - _kernel_distance(x, x) - _kernel_distance(y, y))
 
     def embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Normalised embeddings `[B, D]` of uint8 pictures."""
+        """Normalised embeddings `[B, D]` of pictures of the range 0 ... 255."""
         side = self.network.config.image_size
         squares = TF.center_crop(pictures, min(pictures.shape[-2:])) / 255
-        squares = F.interpolate(squares, (side, side), mode="bicubic", antialias=True)
+        squares = F.interpolate(squares, (side, side), mode="bicubic", antialias=self.antialias)
         pixels = TF.normalize(squares, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         return F.normalize(self.network(pixels).image_embeds.float(), dim=-1)
 
@@ -501,20 +541,26 @@ METRICS = {
 """The metrics of a reconstruction by name; `update` of all takes `images` and `references`."""
 
 
-_OF_INCEPTION = ("rfid", "kid", "inception_score")
+# How the paper's authors compute them: metrics of Inception as torchmetrics does, CMMD as a port to PyTorch.
+_AS_AUTHORS = {
+    **dict.fromkeys(("rfid", "kid", "inception_score"), {"antialias": True}),
+    **dict.fromkeys(("lpips_alex", "lpips_vgg"), {"rounded": False}),
+    "cmmd": {"antialias": False, "rounded": False},
+}
 # The others keep the features of all pictures, and no table of the paper has them.
 DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("kid", "inception_score"))
 
 
 def load_metrics(
-    names: Sequence[str] = DEFAULT_METRICS, inception_antialias: bool = False
+    names: Sequence[str] = DEFAULT_METRICS, as_authors: bool = False
 ) -> tuple[MetricCollection, dict[str, str]]:
     """
     The metrics whose weights are available on this machine. What the others need is logged.
 
     Args:
         names: Out of `METRICS`; default: all but the KID and the Inception score.
-        inception_antialias (`bool`): See [`FID`]; for all metrics of Inception.
+        as_authors (`bool`): As the paper's authors compute them: the metrics of Inception and CMMD resize as theirs do
+            (`antialias`), LPIPS and CMMD take pictures before they are rounded.
 
     Returns:
         `tuple`: a `MetricCollection` by name, and what the others want, by name: a file's URL or a Hub repository.
@@ -528,8 +574,7 @@ def load_metrics(
     available, unavailable = {}, {}
     for name in names:
         try:
-            options = {"antialias": inception_antialias} if name in _OF_INCEPTION else {}
-            available[name] = METRICS[name](**options)
+            available[name] = METRICS[name](**_AS_AUTHORS.get(name, {}) if as_authors else {})
         except WeightsUnavailableError as error:
             logger.warning(error)
             unavailable[name] = error.wanted
@@ -589,6 +634,13 @@ def _not_downloaded(metric: str, url: str, error: OSError) -> WeightsUnavailable
     path = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(url).name)
     message = f"{metric} needs {url}, which could not be downloaded ({error}). Put it at {path}."
     return WeightsUnavailableError(message, wanted=url)
+
+
+def _before_rounding(images, references, samples, originals):
+    """Pictures and originals of the range 0 ... 255: not rounded where these are known, in [-1, 1]."""
+    if samples is None or originals is None:
+        return images, references
+    return tuple((pictures.clamp(-1, 1) + 1) * 127.5 for pictures in (samples, originals))
 
 
 def _check_pictures(**batches: torch.Tensor):

@@ -471,7 +471,7 @@ def test_the_papers_protocol_sets_what_its_authors_do_and_is_not_contradicted(ph
     flags += ["--resolution", "32", "--protocol", "paper", "--output_dir", str(tmp_path / "out")]
     args = script["parse_args"](flags)
     assert (args.split, args.resize_mode, args.image_interpolation_mode) == ("validation", "stretch", "bilinear")
-    assert args.inception_antialias and args.metrics == list(METRICS)
+    assert args.as_authors and args.metrics == list(METRICS)
     script["main"](script["parse_args"]([*flags, "--metrics", "psnr_pooled", "--dataloader_num_workers", "0"]))
     (result,) = read_results(tmp_path / "out")
     assert data_flags(result["settings"]) == {"protocol": "paper", "data_dir": photographs.data_dir, "resolution": 32}

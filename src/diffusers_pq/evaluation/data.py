@@ -22,7 +22,7 @@ PROTOCOLS = {
         "split": "validation",
         "resize_mode": "stretch",
         "image_interpolation_mode": "bilinear",
-        "inception_antialias": True,
+        "as_authors": True,
     }
 }
 """How others measure: settings by the protocol's name."""

@@ -38,7 +38,8 @@ def parse_reconstruction_args(argv: list[str] | None = None, description: str | 
         "--protocol",
         choices=PROTOCOLS,
         help="measure as the paper's authors do: the validation split, whole pictures made square with a bilinear "
-        "filter, all metrics, those of Inception as torchmetrics resizes for it; psnr_pooled is their PSNR",
+        "filter, all metrics, resized for Inception and CLIP as theirs, LPIPS and CMMD before rounding; psnr_pooled "
+        "is their PSNR",
     )
     data.add_argument("--resolution", type=COUNT, default=256, help="side of the pictures, in pixels")
     data.add_argument(
@@ -75,7 +76,7 @@ def parse_reconstruction_args(argv: list[str] | None = None, description: str | 
     run.add_argument(
         "--output_dir", type=output_folder, default="evaluation", help="folder of the results and of unfinished work"
     )
-    parser.set_defaults(inception_antialias=False)
+    parser.set_defaults(as_authors=False)
     args = parser.parse_args(argv)
     if args.protocol is not None:
         args = _parse_with_protocol(parser, argv, args.protocol)

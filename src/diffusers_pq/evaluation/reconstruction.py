@@ -114,7 +114,7 @@ def run_evaluation(
     output_dir: str | os.PathLike,
     name: str | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
-    inception_antialias: bool = False,
+    as_authors: bool = False,
     batch_size: int = 16,
     num_workers: int = 0,
     streaming: bool = False,
@@ -137,7 +137,7 @@ def run_evaluation(
         name (`str`, *optional*): Of the model in the table; default: the last part of its path.
         metrics: Names out of [`~diffusers_pq.metrics.METRICS`]; those whose weights are missing are listed as
             unavailable.
-        inception_antialias (`bool`): See [`~diffusers_pq.metrics.FID`].
+        as_authors (`bool`): See [`~diffusers_pq.metrics.load_metrics`].
         batch_size, num_workers (`int`): Of each process.
         streaming (`bool`): Read the dataset while evaluating instead of downloading it first.
         cache_dir (`str`, *optional*): Of the dataset.
@@ -151,8 +151,8 @@ def run_evaluation(
         ValueError: if an argument is wrong, or the folder holds an evaluation with other settings.
     """
     name = name or Path(pretrained_model_name_or_path).name
-    antialias = {"inception_antialias": True} if inception_antialias else {}
-    protocol = protocol_of(asdict(data) | antialias)
+    how = {"as_authors": True} if as_authors else {}
+    protocol = protocol_of(asdict(data) | how)
     suffix = f"-{protocol or data.resize_mode}" if data.resize_mode != "short_side" or protocol else ""
     folder = Path(output_dir, name.replace("/", "--"), f"{data.name}-{data.split}-{data.resolution}{suffix}")
     share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
@@ -162,8 +162,8 @@ def run_evaluation(
     latents = describe_latents(model, data.resolution)  # refuses a resolution that does not suit the model
     with accelerator.local_main_process_first():
         loader = data.loader(batch_size, num_workers, streaming, cache_dir, **share)
-        collection, unavailable = load_metrics(metrics, inception_antialias)
-    settings = asdict(data) | antialias | {"metrics": sorted(collection), "weights_sha256": weights_digest(model)}
+        collection, unavailable = load_metrics(metrics, as_authors)
+    settings = asdict(data) | how | {"metrics": sorted(collection), "weights_sha256": weights_digest(model)}
     settings |= data.fingerprint(streaming, cache_dir)
     if (folder / RESULTS_FILE).is_file():
         result = read_json(folder / RESULTS_FILE)
