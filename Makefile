@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: install demo test fuzz torture test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini train-masked-mini evaluate-minis sweep-mini benchmarks gpu-check gpu-sweep gpu-train
+.PHONY: install demo test fuzz torture test-install quality style cards docs space test-space train-mini train-pqsd-mini train-ldm-mini train-masked-mini evaluate-minis sweep-mini compare-mini benchmarks gpu-check gpu-sweep gpu-train
 
 # Which mini model `make train-mini` trains, and `make train-ldm-mini` trains on: pq, vq or kl.
 MINI ?= pq
@@ -90,14 +90,29 @@ train-mini: install data/debian-tiles
 
 # How the codebooks of `make sweep-mini` start: normal, as in the paper, or kmeans.
 START ?= normal
-SWEEP = OMP_NUM_THREADS=1 $(BIN)/python experiments/sweep_pqgan.py --output_dir runs/sweep_$(START) \
+# Each is a run of the sweep and of the comparison; tables give mean and spread.
+SEEDS ?= 0 1 2
+SWEEP = OMP_NUM_THREADS=1 $(BIN)/python experiments/sweep_pqgan.py \
 	--config training_scripts/recipes/pqgan-mini-sweep.yaml --codebook_init $(START) \
 	--latent_channels 8 16 32 64 --codebook_size 128 512 --evaluation "--resolution 128 --dataloader_num_workers 0"
 
-# Two workers, some half an hour on 2 cores.
+# Two workers, some half an hour a seed on 2 cores.
 sweep-mini: install data/debian-tiles
-	$(SWEEP) & other=$$!; $(SWEEP); status=$$?; wait $$other && exit $$status
-	$(BIN)/python experiments/sweep_figures.py runs/sweep_$(START)
+	for seed in $(SEEDS); do \
+		$(SWEEP) --seed $$seed --output_dir runs/sweep_$(START)-seed$$seed & other=$$!; \
+		$(SWEEP) --seed $$seed --output_dir runs/sweep_$(START)-seed$$seed; status=$$?; \
+		wait $$other && [ $$status = 0 ] || exit 1; \
+	done
+	$(BIN)/python experiments/sweep_figures.py $(SEEDS:%=runs/sweep_$(START)-seed%)
+	$(BIN)/python experiments/update_pages.py
+
+# The bottlenecks of Table 1 on one backbone, in two processes; some three hours on 2 cores.
+COMPARE = OMP_NUM_THREADS=1 $(BIN)/python experiments/quantizer_comparison.py --seeds $(SEEDS) \
+	--test_dir data/test-photographs
+compare-mini: install data/debian-tiles data/test-photographs
+	$(COMPARE) --bottlenecks vq multi_channel residual scalar & other=$$!; \
+	$(COMPARE) --bottlenecks fsq kl none pq; status=$$?; wait $$other && exit $$status
+	$(BIN)/python experiments/update_pages.py
 
 data/emoji: | install
 	$(BIN)/diffusers-pq prepare-data $@ --source emoji

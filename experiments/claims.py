@@ -133,7 +133,7 @@ def head_start(record) -> Claim:
         _yes(lowest["copy"][1] < lowest["random"][1]),
         "lowest held-out loss: "
         + ", ".join(f"{listed[name]} {loss:.3f} at step {step:,}" for name, (step, loss) in lowest.items()),
-        "one run each; a source model of 8.9M parameters",
+        "one run each, of a small source model",
     )
 
 
@@ -145,7 +145,7 @@ def from_scratch(record) -> Claim:
         "Latent diffusion from scratch generates better on PQ latents than on KL latents.",
         _yes(2 * ahead > len(distances["KL"])),
         f"PQ samples are closer to the data in {ahead} of {len(distances['KL'])} feature spaces",
-        "one run each, 745 training pictures, no FID",
+        f"one run each, {record['settings']['num_samples']} samples, no FID",
     )
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""PSNR and SSIM against bits per pixel of PQ models and of JPEG, WebP and AVIF, on the held-out photographs.
+"""PSNR, pooled PSNR and SSIM against bits per pixel of PQ models, JPEG, WebP and AVIF, on the held-out photographs.
 
     python experiments/rate_distortion.py
 
@@ -40,8 +40,8 @@ from diffusers_pq.tables import LATENT_COLUMNS, SCORE_COLUMNS, markdown_table
 # name -> Pillow's options. A slower AVIF (speed 4 instead of 6) takes five times as long for some 2% smaller files.
 CODECS = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {"speed": 6}}
 QUALITIES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
-MEASURES = {name: SCORE_COLUMNS[name][0] for name in ("psnr", "ssim")}
-HEAD = ("", LATENT_COLUMNS["bits_per_pixel"][0], *(SCORE_COLUMNS[name][0] for name in ("psnr", "psnr_pooled", "ssim")))
+MEASURES = {name: SCORE_COLUMNS[name][0] for name in ("psnr", "psnr_pooled", "ssim")}
+HEAD = ("", LATENT_COLUMNS["bits_per_pixel"][0], *MEASURES.values())
 
 
 def parse_args(argv=None):
@@ -77,7 +77,8 @@ def measure(photographs, compress, decompress):
         pair = [to_uint8(to_tensor(picture))[None] for picture in (decompress(data), original)]
         bits = 8 * len(data) / (original.width * original.height)
         scores[name] = {"bits_per_pixel": bits, "psnr": psnr(*pair).item(), "ssim": ssim(*pair).item()}
-    means = {key: statistics.mean(row[key] for row in scores.values()) for key in ("bits_per_pixel", *MEASURES)}
+    names = ("bits_per_pixel", "psnr", "ssim")
+    means = {name: statistics.mean(row[name] for row in scores.values()) for name in names}
     pixels = [picture.width * picture.height for picture in photographs.values()]
     means["psnr_pooled"] = pooled_psnr([row["psnr"] for row in scores.values()], pixels)
     return means | {"photographs": scores}
@@ -148,7 +149,7 @@ def line(name, row):
 
 
 def draw(record, path):
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(11, 4.5))
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(16, 4.5))
     for axis, (measure, label) in zip(axes, MEASURES.items()):
         for name, rows in record["codecs"].items():
             axis.plot([row["bits_per_pixel"] for row in rows], [row[measure] for row in rows], marker=".", label=name)

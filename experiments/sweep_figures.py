@@ -9,14 +9,20 @@ tables. The figures can be drawn while the sweeps are running.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from sweep_report import draw_quality, draw_utilisation, judge, mean_of_runs, read_sweeps, report
 
 from diffusers_pq.console import one_line_errors
-from diffusers_pq.files import write_json
+from diffusers_pq.files import read_json, write_json
 from diffusers_pq.flags import FlagParser, output_folder
+
+
+# What of the trainings the results are read with.
+TRAINING = ("weight_init", "codebook_init", "max_train_steps", "train_batch_size", "resolution", "learning_rate")
+TRAINING += ("perceptual_weight", "discriminator_weight")
 
 
 def parse_args(argv=None):
@@ -31,6 +37,15 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def trainings(sweep_dirs: Sequence[Path]) -> dict:
+    """How the models were trained, in all sweeps alike but for the seeds; of one model each, which stands for all."""
+    configs = [read_json(next(folder.glob("d*-s*-k*/training_config.json"))) for folder in sweep_dirs]
+    alike = [{name: config[name] for name in TRAINING} for config in configs]
+    if any(one != alike[0] for one in alike):
+        raise ValueError(f"{', '.join(map(str, sweep_dirs))} must differ in their seed alone, but are {alike}.")
+    return alike[0] | {"seeds": [config["seed"] for config in configs]}
+
+
 def main(args):
     rows, results = read_sweeps(args.sweep_dirs, args.evaluation)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -43,7 +58,11 @@ def main(args):
     last = max(results, key=lambda result: result["date"])
     record = {key: last[key] for key in ("date", "machine", "pictures", "settings", "unavailable")}
     del record["settings"]["weights_sha256"]
-    record |= {"findings": list(map(asdict, findings)), "configurations": rows.to_dict("records")}
+    record |= {
+        "training": trainings(args.sweep_dirs),
+        "findings": list(map(asdict, findings)),
+        "configurations": rows.to_dict("records"),
+    }
     write_json(args.output_dir / f"{name}.json", record)
     print(report(rows, findings))
     for metric, wanted in last["unavailable"].items():

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Render the tables of README.md and docs/ from the JSON files of their results.
+"""Render the tables, and the numbers in the text, of README.md and docs/ from the JSON files of their results.
 
     python experiments/update_pages.py
 
-A page holds a block between `<!-- NAME -->` and `<!-- end -->`, where NAME is one of `BLOCKS`.
+A page holds a block between `<!-- NAME -->` and `<!-- end -->`, where NAME is one of `BLOCKS`. One that begins on the
+line of its name, which Markdown allows within a line only, is part of a sentence.
 """
 
 import re
@@ -16,6 +17,7 @@ from latent_diffusion import markdown_tables
 from masked_generation import results_table as masked_generation_tables
 from quantizer_comparison import results_table
 from rate_distortion import at_equal_quality
+from remarks import REMARKS
 from sweep_report import judge, report
 
 from diffusers_pq.console import one_line_errors
@@ -35,7 +37,7 @@ RESULTS |= {
     for path in folder.glob("*/*.json")
     if path.parent.name != "cpu"
 }
-BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"<!-- (?P<name>\w+) -->(?P<newline>\n?).*?<!-- end -->", re.DOTALL)
 
 
 def sweep_table(record):
@@ -63,7 +65,7 @@ TABLES = {
     "training_speed": result_tables.training_speed,
 }
 # name of a block -> what renders it from the contents of all JSON files
-SUMMARIES = {"claims": claims_table, "findings": findings_table, "findings_in_short": findings_in_short}
+SUMMARIES = {"claims": claims_table, "findings": findings_table, "findings_in_short": findings_in_short} | REMARKS
 # name of a block -> what renders it from the evaluations of autoencoders
 EVALUATION_TABLES = {
     "evaluation": tables.results_table,
@@ -76,8 +78,8 @@ BLOCKS = (*TABLES, *SUMMARIES, *EVALUATION_TABLES)
 
 
 def pages():
-    """README.md and the pages of docs/ that hold tables."""
-    candidates = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """README.md and the pages of docs/ and of this folder that hold results."""
+    candidates = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     return [page for page in candidates if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 
@@ -92,8 +94,13 @@ def rendered(name):
 
 
 def updated(text):
-    """The text of a page with its tables rendered."""
-    return BLOCK.sub(lambda block: f"{block[1]}\n{rendered(block[2])}\n\n{block[3]}", text)
+    """The text of a page with its blocks rendered."""
+
+    def block(match):
+        space = "\n\n" if match["newline"] else ""
+        return f"<!-- {match['name']} -->{space}{rendered(match['name'])}{space}<!-- end -->"
+
+    return BLOCK.sub(block, text)
 
 
 def main():

@@ -210,6 +210,9 @@ def test_rates_and_distortions_of_models_and_codecs_are_those_of_their_files(fol
     bits = 8 * len(compress_picture(model, photograph)) / (photograph.width * photograph.height)
     scores = reconstruct_picture(model, photograph).scores
     assert row["photographs"][name] == pytest.approx({"bits_per_pixel": bits} | {key: scores[key] for key in MEASURES})
+    errors = [(load_photographs()[name].size, 10 ** (-one["psnr"] / 10)) for name, one in row["photographs"].items()]
+    pooled = sum(math.prod(size) * error for size, error in errors) / sum(math.prod(size) for size, _ in errors)
+    assert row["psnr_pooled"] == pytest.approx(-10 * math.log10(pooled)) and row["psnr_pooled"] < row["psnr"]
     # S = 4 codes of 4 bits in 4 x 4 pixels, and the padding
     assert 1 <= row["bits_per_pixel_uncoded"] < 1.01 and 0 < row["bits_per_pixel"] < row["bits_per_pixel_uncoded"]
     codes = model.encode_codes(to_tensor(training_picture)[None])[0].flatten(1)

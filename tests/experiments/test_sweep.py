@@ -1,9 +1,11 @@
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
+import yaml
 from conftest import tiny_config
 from scripts import run_script
 from sweep import Claim, ClaimLostError, Configuration, Sweep, grid
@@ -34,6 +37,7 @@ from sweep_report import (
 from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.files import write_json
 from diffusers_pq.models import search
+from diffusers_pq.training.pqgan import PQGANOptions
 
 
 ROOT = Path(__file__).parents[2]
@@ -320,9 +324,11 @@ def test_the_commands_of_the_figures_write_what_they_measured(tmp_path):
         record = machine | {"latents": latents | {"bits_per_pixel": 1.0}, "scores": scores}
         record["settings"] = {"resolution": 32, "weights_sha256": name}
         write_json(tmp_path / "sweep" / name / "evaluation" / name / "data-validation-32" / "results.json", record)
-    shutil.copytree(tmp_path / "sweep", tmp_path / "sweep-seed1")
-    (tmp_path / "sweep").rename(tmp_path / "sweep-seed0")
-    folders = [tmp_path / "sweep-seed0", tmp_path / "sweep-seed1"]
+    folders = [tmp_path / f"sweep-seed{seed}" for seed in (4, 5)]
+    settings = PQGANOptions.of({"model_config_name_or_path": "config.json"}).settings()
+    for folder, seed in zip(folders, (4, 5)):
+        shutil.copytree(tmp_path / "sweep", folder)
+        write_json(folder / "d8-s1-k128" / "training_config.json", settings | {"seed": seed})
     printed = run_script(FIGURES, *folders, "--output_dir", tmp_path / "out").stdout
     assert "38 configurations in 2 runs" in printed and "rfid: unavailable, needs weights" in printed
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())
@@ -330,7 +336,35 @@ def test_the_commands_of_the_figures_write_what_they_measured(tmp_path):
     rows = pd.DataFrame(record["configurations"])
     assert rows[rows.run == 1][["d", "S", "K"]].reset_index(drop=True).equals(results[["d", "S", "K"]])
     assert record["findings"][0]["seen_in"] == [2, 2]
+    assert record["training"]["seeds"] == [4, 5] and record["training"]["weight_init"] == "default"
+    write_json(folder / "d8-s1-k128" / "training_config.json", settings | {"seed": 5, "max_train_steps": 3})
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run_script(FIGURES, *folders, "--output_dir", tmp_path / "out")
+    assert "must differ in their seed alone" in error.value.stdout
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"sweep_quality.png", "sweep_utilisation.png"}
+
+
+@pytest.mark.parametrize("page", ["sweep", "evaluation"])
+def test_the_sweep_of_the_papers_scale_is_at_f16(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    (recipe,) = re.findall(r"sweep_pqgan\.py --output_dir /shared/sweep [^`]*?--config (\S+)", text)
+    config = read_yaml(ROOT / recipe)["model_config_name_or_path"]
+    assert 2 ** (len(json.loads((ROOT / config).read_text())["block_out_channels"]) - 1) == 16
+
+
+def test_figures_1_and_7_show_the_model_at_f16_that_pqsd_uses():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    (folder,) = re.findall(r"reconstruct_photographs\.py .* F16=(\S+)", text)
+    recipes = (ROOT / "training_scripts" / "recipes").glob("pqgan-f16*.yaml")
+    (tuned,) = (flags for flags in map(read_yaml, recipes) if flags["output_dir"] == folder)
+    quick = read_yaml(ROOT / "training_scripts" / "recipes" / "pqsd-quick.yaml")
+    assert tuned["output_dir"] == quick["vae_name_or_path"]
+    source = Path(tuned["pretrained_model_name_or_path"]).name
+    assert json.loads((ROOT / "model_cards" / source / "config.json").read_text())["latent_channels"] == 256
+
+
+def read_yaml(path):
+    return yaml.safe_load(path.read_text())
 
 
 def test_the_overhead_is_the_time_of_the_quantiser_over_that_of_the_rest(tmp_path, monkeypatch):
