@@ -259,7 +259,7 @@ def plot(rows, num_inference_steps, machine, path):
 
 def main(args):
     torch.manual_seed(0)
-    folder = args.output_dir or results_folder("benchmarks/results", args.device)
+    folder = args.output_dir or results_folder("benchmarks/results", args.device, args.small)
     today = datetime.date.today().isoformat()
     machine = f"{describe_machine(args.device)}, {args.dtype}, {today}"
     rows, unets = {}, {}

@@ -260,7 +260,7 @@ def table(rows):
 
 
 def main(args):
-    folder = (args.output_dir or results_folder("benchmarks/results", args.device)).resolve()
+    folder = (args.output_dir or results_folder("benchmarks/results", args.device, args.small)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     record = {"date": datetime.date.today().isoformat(), "machine": describe_machine(args.device), "parts": {}}
     ends = time.monotonic() + 60 * args.minutes

@@ -132,7 +132,7 @@ def save_row(path, row, key):
 
 
 def main(args):
-    folder = args.output_dir or results_folder("benchmarks/results", args.device)
+    folder = args.output_dir or results_folder("benchmarks/results", args.device, args.small)
     where = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{describe_machine(args.device)}, {args.dtype}",

@@ -222,7 +222,7 @@ def main(args):
     torch.set_num_threads(args.threads)
     for path in args.models:
         autoencoder_class(path)  # one that is missing is named now, not after minutes
-    folder = args.output_dir or results_folder("benchmarks/results", args.device)
+    folder = args.output_dir or results_folder("benchmarks/results", args.device, args.small)
     where = {"date": datetime.date.today().isoformat(), "machine": describe_machine(args.device)}
     rows, models = [], []
 

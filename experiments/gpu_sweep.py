@@ -92,7 +92,7 @@ def load_crops(args, split, side):
     rows = PictureSource(data_dir=args.data_dir).load(split)
     if rows is None:
         raise ValueError(f"--data_dir {args.data_dir} has no `{split}` split.")
-    crops = Crops("image", side, center_crop=True, min_image_side=1)
+    crops = Crops.middle("image", side, "native")
     pictures = [to_uint8(crops(row, random.Random(0))) for row in usable_rows(rows, "image", args.pictures)]
     return torch.cat(pictures).to(args.device)
 
@@ -211,7 +211,7 @@ def start_record(path, args):
 def main(args):
     torch.backends.cudnn.benchmark = True
     ends = time.monotonic() + 60 * args.minutes
-    folder = args.output_dir or results_folder("experiments/results", args.device)
+    folder = args.output_dir or results_folder("experiments/results", args.device, args.small)
     record = start_record(folder / "gpu_sweep.json", args)
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
     pictures, held_out = (

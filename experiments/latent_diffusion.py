@@ -124,7 +124,7 @@ def read_configs(runs):
 def held_out_pictures(config, names):
     """All pictures of the validation split, `[N, 3, R, R]` in [-1, 1], and their labels."""
     rows = PictureSource(data_dir=config["train_data_dir"]).load("validation", config["label_column"])
-    crops = Crops("image", config["resolution"], resize_mode="short_side", center_crop=True, min_image_side=1)
+    crops = Crops.middle("image", config["resolution"])
     transform = ConditionedCrops(crops, ClassLabels(config["label_column"], names))
     examples = [transform(row, random.Random(0)) for row in rows]
     return (torch.stack([example[key] for example in examples]) for key in ("pixel_values", "condition"))

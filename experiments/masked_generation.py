@@ -180,7 +180,7 @@ class Measurements:
         self.labels, self.pictures, self._distances = {}, {}, {}
         rows = PictureSource(data_dir=args.data_dir, cache_dir=args.cache_dir)
         names = class_names(rows.load("train", args.label_column), args.label_column)
-        crops = Crops("image", args.resolution, resize_mode="short_side", center_crop=True, min_image_side=1)
+        crops = Crops.middle("image", args.resolution)
         example = ConditionedCrops(crops, ClassLabels(args.label_column, names))
         fresh = load_fd_efficientnet_lite0()
         for what, split in {"train": "train", "held_out": "validation"}.items():

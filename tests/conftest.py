@@ -1,5 +1,6 @@
 import os
 from collections import Counter
+from pathlib import Path
 
 
 # Tests never wait for a network: the models and data they use are built here.
@@ -14,6 +15,7 @@ from diffusers import UNet2DConditionModel  # noqa: E402
 from diffusers_pq import PQModel  # noqa: E402
 
 
+ROOT = Path(__file__).parents[1]
 # Files that take a minute or more, some of them with few tests.
 LONG = {
     "test_bottlenecks.py",
@@ -70,6 +72,19 @@ def tiny_unet(channels):
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def results_stay_as_they_are():
+    """A test that runs a benchmark or an experiment gives it another folder."""
+    before = _results()
+    yield
+    assert _results() == before, "a test has written among the results"
+
+
+def _results():
+    files = [path for folder in ("benchmarks", "experiments") for path in (ROOT / folder / "results").rglob("*.*")]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
 @pytest.fixture

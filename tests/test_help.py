@@ -165,6 +165,39 @@ def test_every_output_is_checked_before_anything_is_done(script, parser_of):
     assert all(action.type is output_file for action in parser_of(script)._actions if action.dest == "output")
 
 
+MEASURING = [path for path in SCRIPTS if path.parent.name in ("benchmarks", "experiments")]
+MEASURING = [path for path in MEASURING if path.name != "update_pages.py"]  # which renders what is there
+
+
+def calls(tree, *names):
+    """The calls of functions or methods by these names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", None)) in names:
+            yield node
+
+
+@pytest.mark.parametrize("script", MEASURING, ids=lambda path: path.name)
+def test_results_are_written_by_default_only_and_never_in_small(script):
+    tree = ast.parse(script.read_text())
+    introduction = ast.get_docstring(tree, clean=False)
+    defaults = {node for call in calls(tree, "add_argument", "results_folder") for node in ast.walk(call)}
+    joined = {node.right for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node not in defaults and node.value != introduction:
+            assert not re.search(r"(benchmarks|experiments)/results\b", str(node.value))
+            assert node.value != "results" or node not in joined
+    has_small = any(call.args[0].value == "--small" for call in calls(tree, "add_argument"))
+    for call in calls(tree, "results_folder"):
+        assert [ast.unparse(part) for part in call.args[2:]] == (["args.small"] if has_small else [])
+
+
+@pytest.mark.parametrize("script", MEASURING, ids=lambda path: path.name)
+def test_what_is_tried_in_small_is_not_among_the_results(script, parser_of):
+    actions = {action.dest: action for action in parser_of(script)._actions}
+    if "small" in actions and actions["output_dir"].default is not None:
+        assert "results" not in Path(actions["output_dir"].default).parts
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_devices_and_precisions_are_checked_by_their_flags(script, parser_of):
     _check_devices_and_precisions(parser_of(script))

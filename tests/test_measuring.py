@@ -27,6 +27,10 @@ def test_each_device_has_a_folder_of_its_own(monkeypatch):
     assert folders == ["results/cpu", "results/nvidia-h200", "results/nvidia-geforce-rtx-4090"]
 
 
+def test_what_tries_a_command_in_small_is_kept_from_the_results():
+    assert str(results_folder("benchmarks/results", "cpu", small=True)) == "outputs/small/cpu"
+
+
 def test_a_cpu_has_no_graphs():
     assert usual_modes("cpu") == ("eager",) and "graphed" in usual_modes("cuda")
 

@@ -179,13 +179,7 @@ def encode_latents(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(B, d, H/F, W/F)`, float32: of a `PQModel` the quantised latents.
     """
-    images = images.to(vae.device, vae.dtype)
-    if isinstance(vae, PQModel):
-        return vae.quantize(vae.encode(images).latents).latents.float()
-    encoded = vae.encode(images)
-    if "latent_dist" in encoded:
-        return encoded.latent_dist.sample().float()
-    return (encoded.latents if "latents" in encoded else encoded.latent).float()
+    return reused_latents(vae, encode_reusably(vae, images), vae.device)
 
 
 @torch.no_grad()
@@ -216,7 +210,8 @@ def reused_latents(vae: nn.Module, encoded: Mapping[str, torch.Tensor], device: 
     of it in the mapping.
     """
     if "codes" in encoded:
-        return vae.quantizer.lookup(encoded["codes"].to(vae.device).long()).to(device)
+        # Not `lookup`, which would look at the codes and so wait for a GPU.
+        return vae.quantizer(codes=encoded["codes"].to(vae.device).long()).float().to(device)
     if "moments" in encoded:
         return DiagonalGaussianDistribution(encoded["moments"].to(device)).sample().float()
     return encoded["latents"].to(device) if "latents" in encoded else None

@@ -21,10 +21,13 @@ def describe_machine(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
 
 
-def results_folder(parent: str | Path, device: str) -> Path:
-    """The folder within `parent` for what is measured on a device: `cpu`, or a name such as `nvidia-h200`."""
+def results_folder(parent: str | Path, device: str, small: bool = False) -> Path:
+    """
+    The folder within `parent` for what is measured on a device: `cpu`, or a name such as `nvidia-h200`. What tries a
+    command in `small` goes to `outputs/small` instead: it must not replace results.
+    """
     name = torch.cuda.get_device_name(device) if _is_cuda(device) else torch.device(device).type
-    return Path(parent) / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Path("outputs/small" if small else parent) / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def usual_modes(device: str) -> tuple[str, ...]:

@@ -67,6 +67,19 @@ def pictures():
     return undecoded([png(noise(41, 20, seed)) for seed in range(6)] + [png(noise(9, 7, 6))])
 
 
+def test_the_middle_is_the_same_each_time_and_small_pictures_have_one():
+    middle = Crops.middle("image", 16)
+    native = Crops.middle("image", 16, "native", image_interpolation_mode="bilinear")
+    for row in undecoded([png(noise(41, 20, 0)), png(noise(9, 7, 1))]):
+        assert torch.equal(middle(row, random.Random(0)), middle(row, random.Random(1)))
+        assert native(row, random.Random(0)).shape == (1, 3, 16, 16)
+    picture = noise(40, 20, 0)
+    (crop,) = native(undecoded([png(picture)])[0], random.Random(0))
+    assert torch.equal(crop, to_tensor(picture.crop((12, 2, 28, 18))))
+    (crop,) = middle(undecoded([png(picture)])[0], random.Random(0))
+    assert torch.equal(crop, to_tensor(picture.resize((32, 16), PIL.Image.Resampling.BICUBIC).crop((8, 0, 24, 16))))
+
+
 def test_crops_depend_on_epoch_index_and_seed_only(pictures):
     transform = Crops("image", 16, crops_per_image=3, random_flip=True, min_image_side=1)
     crops = SeededDataset(pictures, transform, seed=1)

@@ -15,9 +15,9 @@ from conftest import tiny_config
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 from diffusers import AutoencoderKL, VQModel
 from labelled_pictures import write_labelled_pictures
-from safetensors.torch import load_file
 from scripts import run_script
 from test_checkpoints import poison
+from whole_runs import check_whole_run, weights
 
 from diffusers_pq import LatentDiffusionPQPipeline, PQModel
 from diffusers_pq.data.conditions import ClassLabels, class_names
@@ -90,30 +90,11 @@ def run(script, *arguments):
     return run_script(SCRIPTS / script, *arguments)
 
 
-def weights(folder, name="unet"):
-    return load_file(folder / name / "diffusion_pytorch_model.safetensors")
-
-
 def test_trains_on_pq_latents_resumes_exactly_and_paints_by_name(workspace):
-    extra = ("--checkpointing_steps", 1, "--use_ema", "--random_flip", "--validation_steps", 1)
-    extra += ("--validation_labels", "red", "--streaming", "--shuffle_buffer", 4)
-    extra += ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "--noise_shift", "auto")
-    extra += ("--class_names_file", workspace / "names.txt")
-    train(workspace, "whole", *extra)
-    pipeline = LatentDiffusionPQPipeline.from_pretrained(workspace / "whole")
+    extra = ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "--noise_shift", "auto")
+    pipeline = check_whole_run(train, workspace, LatentDiffusionPQPipeline, "unet", "0", *extra)
     assert len(pipeline.vae.config.latents_std) == 8 and pipeline.unet.config.in_channels == 8
     assert pipeline.scheduler.alphas_cumprod[-1] == 0 and pipeline.scheduler.config.trained_betas is not None
-    images = pipeline(["red", 0], num_inference_steps=2, output_type="np").images
-    assert images.shape == (2, 32, 32, 3)
-    assert json.loads((workspace / "whole" / "best" / "validation.json").read_text())["loss"] > 0
-    assert LatentDiffusionPQPipeline.from_pretrained(workspace / "whole" / "best").labels["red"] == [2]
-    card = (workspace / "whole" / "README.md").read_text()
-    assert "pipeline(0, " in card and "32 x 32 pixels" in card
-    checkpoint = workspace / "whole" / "checkpoint-1"
-    result = train(workspace, "resumed", *extra, "--resume_from_checkpoint", checkpoint)
-    assert f"Resumed from {checkpoint}" in result.stdout
-    expected = weights(workspace / "whole")
-    assert all(torch.equal(value, expected[name]) for name, value in weights(workspace / "resumed").items())
 
 
 def test_trains_a_dit_by_flow_matching_from_cached_codes(workspace):

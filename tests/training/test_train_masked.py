@@ -17,6 +17,7 @@ from labelled_pictures import write_labelled_pictures
 from safetensors.torch import load_file
 from scripts import run_script
 from transformers import CLIPTextConfig, CLIPTextModel
+from whole_runs import check_whole_run, weights
 
 from diffusers_pq import MaskedPQPipeline, PQMaskedTransformer, PQModel
 from diffusers_pq.hub.push import check_folder
@@ -69,37 +70,21 @@ def failure(workspace, *extra):
     return error.value.stdout
 
 
-def weights(folder, name="transformer"):
-    return load_file(folder / name / "diffusion_pytorch_model.safetensors")
-
-
 def test_trains_on_a_stream_of_pictures_resumes_exactly_and_paints_by_name(workspace):
-    extra = ("--checkpointing_steps", 1, "--use_ema", "--random_flip", "--validation_steps", 1)
-    extra += ("--validation_labels", "red", "--streaming", "--shuffle_buffer", 4)
-    extra += ("--class_names_file", workspace / "names.txt", "--report_to", "tensorboard")
-    train(workspace, "whole", *extra)
-    pipeline = MaskedPQPipeline.from_pretrained(workspace / "whole")
+    extra = ("--report_to", "tensorboard")
+    pipeline = check_whole_run(train, workspace, MaskedPQPipeline, "transformer", "class_labels=0", *extra)
     assert pipeline.transformer.config.num_classes == 3 and pipeline.transformer.config.sample_size == 8
-    pictures = pipeline(class_labels=["red", 0], num_inference_steps=2, output_type="np").images
-    assert pictures.shape == (2, 32, 32, 3)
-    assert json.loads((workspace / "whole" / "best" / "validation.json").read_text())["loss"] > 0
-    assert MaskedPQPipeline.from_pretrained(workspace / "whole" / "best").labels["red"] == [2]
-    card = (workspace / "whole" / "README.md").read_text()
-    assert "pipeline(class_labels=0, " in card and "32 x 32 pixels" in card
-    checkpoint = workspace / "whole" / "checkpoint-1"
-    result = train(workspace, "resumed", *extra, "--resume_from_checkpoint", checkpoint)
-    assert f"Resumed from {checkpoint}" in result.stdout
-    expected = weights(workspace / "whole")
-    assert all(torch.equal(value, expected[name]) for name, value in weights(workspace / "resumed").items())
 
 
 def test_packed_codes_teach_what_their_pictures_do(workspace):
     train(workspace, "pictures", "--center_crop")
     train(workspace, "cached", "--center_crop", "--latents_dir", workspace / "codes")
     train(workspace, "remembered", "--center_crop", "--cache_latents")
-    expected = weights(workspace / "pictures")
+    expected = weights(workspace / "pictures", "transformer")
     for output in ("cached", "remembered"):
-        assert all(torch.equal(value, expected[name]) for name, value in weights(workspace / output).items())
+        assert all(
+            torch.equal(value, expected[name]) for name, value in weights(workspace / output, "transformer").items()
+        )
 
 
 def test_captions_condition_it_and_an_untrained_text_encoder_learns_along(workspace):
@@ -195,7 +180,7 @@ def test_embeddings_start_from_the_codebooks_unless_told_otherwise(workspace):
     )
     for init in ("codebooks", "random"):
         train(workspace, init, "--code_embedding_init", init, "--learning_rate", 0, "--max_train_steps", 1)
-        table = weights(workspace / init)["code_embeddings"]
+        table = weights(workspace / init, "transformer")["code_embeddings"]
         assert torch.equal(table, expected.code_embeddings) == (init == "codebooks")
 
 

@@ -38,10 +38,13 @@ def pack_codes(codes: torch.LongTensor, codebook_size: int) -> bytes:
 
 
 def unpack_codes(packed: bytes, shape: tuple[int, ...], codebook_size: int) -> torch.LongTensor:
-    """The inverse of [`pack_codes`]."""
+    """The inverse of [`pack_codes`]; a `ValueError` if a code is not below K."""
     bits, count = bits_per_code(codebook_size), math.prod(shape)
     flat = torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=count * bits)).view(count, bits)
-    return (flat.long() << torch.arange(bits)).sum(-1).view(shape)
+    codes = (flat.long() << torch.arange(bits)).sum(-1).view(shape)
+    if int(codes.max()) >= codebook_size:
+        raise ValueError(f"Packed codes are damaged: one is {int(codes.max())}, but K is {codebook_size}.")
+    return codes
 
 
 @torch.no_grad()

@@ -181,6 +181,11 @@ class Crops:
     random_flip: bool = False
     min_image_side: int | None = None
 
+    @classmethod
+    def middle(cls, image_column: str, resolution: int, resize_mode: str = "short_side", **options) -> "Crops":
+        """The middle of each picture, also of a small one: what does not change from one look to the next."""
+        return cls(image_column, resolution, resize_mode=resize_mode, center_crop=True, min_image_side=1, **options)
+
     def __call__(self, row: dict, generator: random.Random) -> torch.Tensor:
         picture = self._decoded(row)
         size = self._size(picture)

@@ -120,7 +120,7 @@ def bits_per_code_of_files(
     """
     device = pipeline.transformer.device
     resolution = pipeline.transformer.config.sample_size * pipeline.vae.downsampling_factor
-    crops = Crops("image", resolution, resize_mode="short_side", center_crop=True, min_image_side=1)
+    crops = Crops.middle("image", resolution)
     generator = torch.Generator().manual_seed(seed)
     condition = pipeline.encode_condition(prompt, class_label)
     totals = {}

@@ -82,15 +82,9 @@ class DataOptions(Options):
         )
 
     def validation_crops(self, resolution: int) -> Crops:
-        """Of each picture, also a small one, the middle, so that all validations see the same."""
-        return Crops(
-            self.image_column,
-            resolution,
-            resize_mode=self.resize_mode,
-            image_interpolation_mode=self.image_interpolation_mode,
-            center_crop=True,
-            min_image_side=1,
-        )
+        """The same of each picture in all validations."""
+        interpolation = {"image_interpolation_mode": self.image_interpolation_mode}
+        return Crops.middle(self.image_column, resolution, self.resize_mode, **interpolation)
 
 
 @dataclass(kw_only=True)
