@@ -5,6 +5,7 @@ This file needs diffusers alone: it is also the code that lies beside a `modular
 `diffusers_pq.hub.modular`.
 """
 
+import inspect
 import os
 from pathlib import Path
 
@@ -25,6 +26,10 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines import AutoPipelineBlocks, ComponentSpec, InputParam, OutputParam, PipelineState
+from diffusers.modular_pipelines.stable_diffusion_3.denoise import StableDiffusion3LoopAfterDenoiser
+from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLInpaintOverlayMaskStep
+from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffusionXLInpaintLoopAfterDenoiser
+from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLInpaintVaeEncoderStep
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -226,14 +231,112 @@ class PQPrepareLatentsStep(CodeBesideMixin, ModularPipelineBlocks):
     def __call__(self, components, state: PipelineState) -> tuple:
         block_state = self.get_block_state(state)
         if block_state.latents is None:
-            given, count = block_state.image_latents, block_state.batch_size * block_state.num_images_per_prompt
-            if count % len(given):
-                raise ValueError(f"Cannot spread {len(given)} pictures (`image`) over {count} to generate.")
-            given = given.repeat_interleave(count // len(given), dim=0).to(dtype=block_state.dtype)
+            given = self.spread("image", block_state.image_latents, block_state)
             noise = randn_tensor(given.shape, block_state.generator, given.device, given.dtype)
             block_state.latents = components.scheduler.add_noise(given, noise, block_state.latent_timestep)
         self.set_block_state(state, block_state)
         return components, state
+
+    @staticmethod
+    def spread(name: str, given: torch.Tensor, block_state) -> torch.Tensor:
+        """What belongs to given pictures, repeated for all that are generated."""
+        count = block_state.batch_size * block_state.num_images_per_prompt
+        if count % len(given):
+            raise ValueError(f"Cannot spread {len(given)} pictures (`{name}`) over {count} to generate.")
+        return given.repeat_interleave(count // len(given), dim=0).to(dtype=block_state.dtype)
+
+
+class PQInpaintEncodeStep(CodeBesideMixin, StableDiffusionXLInpaintVaeEncoderStep):
+    """Encodes pictures as [`PQEncodeStep`] does, and makes masks of their latents, for Stable Diffusion XL."""
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [ComponentSpec("vae"), *(spec for spec in super().expected_components if spec.name != "vae")]
+
+    def _encode_vae_image(self, components, image: torch.Tensor, generator) -> torch.Tensor:
+        vae = _pq_model(components)
+        latents = vae.quantize(vae.encode(image.to(vae.dtype)).latents).latents
+        return vae.scale_latents(latents).to(image.dtype)
+
+    def prepare_mask_latents(self, components, mask, masked_image, *sizes) -> tuple:
+        # The latents of a picture without what the mask hides are for UNets that take them as an input.
+        return super().prepare_mask_latents(components, mask, None, *sizes)
+
+
+class PQAutoInpaintEncodeStep(CodeBesideMixin, AutoPipelineBlocks):
+    """[`PQInpaintEncodeStep`] if there is a `mask_image`, [`PQEncodeStep`] if there is an `image` only."""
+
+    block_classes = [PQInpaintEncodeStep, PQEncodeStep]
+    block_names = ["inpaint", "img2img"]
+    block_trigger_inputs = ["mask_image", "image"]
+
+    @property
+    def description(self) -> str:
+        return "Encodes pictures with the `PQModel`, with or without a mask, if there are any"
+
+
+class PQInpaintPrepareLatentsStep(PQPrepareLatentsStep):
+    """[`PQPrepareLatentsStep`] for inpainting, which needs the noise and the mask again after each step."""
+
+    @property
+    def description(self) -> str:
+        return "Adds noise to the latents of the given pictures and spreads their masks"
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        return [
+            *super().inputs,
+            InputParam("strength", default=0.9999, description="1 begins with noise alone"),
+            InputParam("mask", required=True, type_hint=torch.Tensor),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        names = ("latents", "noise", "image_latents", "mask")
+        return [OutputParam(name, type_hint=torch.Tensor) for name in names]
+
+    @torch.no_grad()
+    def __call__(self, components, state: PipelineState) -> tuple:
+        block_state, scheduler = self.get_block_state(state), components.scheduler
+        given = self.spread("image", block_state.image_latents, block_state)
+        block_state.mask = self.spread("mask_image", block_state.mask, block_state)
+        noise = block_state.latents
+        if noise is None:
+            noise = randn_tensor(given.shape, block_state.generator, given.device, given.dtype)
+        if block_state.latents is not None or block_state.strength == 1:
+            block_state.latents = noise * scheduler.init_noise_sigma
+        else:
+            block_state.latents = scheduler.add_noise(given, noise, block_state.latent_timestep)
+        block_state.noise, block_state.image_latents = noise, given
+        self.set_block_state(state, block_state)
+        return components, state
+
+
+class PQInpaintAfterDenoiserStep(CodeBesideMixin, StableDiffusionXLInpaintLoopAfterDenoiser):
+    """A step of the scheduler after which what the mask keeps is put back, with UNets of any number of channels."""
+
+    @torch.no_grad()
+    def __call__(self, components, block_state, i: int, t: torch.Tensor) -> tuple:
+        components, block_state = super().__call__(components, block_state, i, t)
+        if components.num_channels_unet != 4:  # those of 4 the parent knows
+            kept, later = block_state.image_latents, block_state.timesteps[i + 1 : i + 2]
+            if len(later):
+                kept = components.scheduler.add_noise(kept, block_state.noise, later)
+            block_state.latents = torch.lerp(kept, block_state.latents, block_state.mask)
+        return components, block_state
+
+
+class PQAfterDenoiserStep(CodeBesideMixin, StableDiffusion3LoopAfterDenoiser):
+    """A step of Stable Diffusion 3's scheduler, also where the transformer predicts latents in place of velocities."""
+
+    @torch.no_grad()
+    def __call__(self, components, block_state, i: int, t: torch.Tensor) -> tuple:
+        scheduler = components.scheduler
+        knows_types = "prediction_type" in inspect.signature(type(scheduler).__init__).parameters
+        if scheduler.config.get("prediction_type") == "sample" and not knows_types:
+            sigma = t / scheduler.config.num_train_timesteps
+            block_state.noise_pred = (block_state.latents - block_state.noise_pred) / sigma
+        return super().__call__(components, block_state, i, t)
 
 
 class PQBlocksMixin(CodeBesideMixin):
@@ -247,16 +350,28 @@ class PQBlocksMixin(CodeBesideMixin):
 
 # With `SequentialPipelineBlocks` among their bases, by which `diffusers-cli custom_blocks` recognises them.
 class StableDiffusionXLPQBlocks(PQBlocksMixin, StableDiffusionXLAutoBlocks, SequentialPipelineBlocks):
-    """Stable Diffusion XL: text-to-image and image-to-image."""
+    """Stable Diffusion XL: text-to-image, image-to-image and inpainting."""
 
     def __init__(self):
         super().__init__()
-        before_denoise = self.sub_blocks["denoise"].sub_blocks["before_denoise"]
-        before_denoise.sub_blocks["img2img"].sub_blocks["prepare_latents"] = PQPrepareLatentsStep()
+        self.sub_blocks["vae_encoder"] = PQAutoInpaintEncodeStep()
+        self.sub_blocks["mask_overlay"] = StableDiffusionXLInpaintOverlayMaskStep()
+        steps = self.sub_blocks["denoise"].sub_blocks
+        before, loops = steps["before_denoise"].sub_blocks, steps["denoise"].sub_blocks
+        before["img2img"].sub_blocks["prepare_latents"] = PQPrepareLatentsStep()
+        before["inpaint"].sub_blocks["prepare_latents"] = PQInpaintPrepareLatentsStep()
+        with_control = loops["controlnet_denoise"].sub_blocks["inpaint_controlnet_denoise"]
+        for loop in (loops["inpaint_denoise"], with_control):
+            loop.sub_blocks["after_denoiser"] = PQInpaintAfterDenoiserStep()
 
 
 class StableDiffusion3PQBlocks(PQBlocksMixin, StableDiffusion3AutoBlocks, SequentialPipelineBlocks):
     """Stable Diffusion 3 and 3.5: text-to-image and image-to-image."""
+
+    def __init__(self):
+        super().__init__()
+        for workflow in self.sub_blocks["denoise"].sub_blocks.values():
+            workflow.sub_blocks["denoise"].sub_blocks["after_denoiser"] = PQAfterDenoiserStep()
 
 
 class FluxPQBlocks(PQBlocksMixin, FluxAutoBlocks, SequentialPipelineBlocks):

@@ -1,12 +1,15 @@
 """Text-to-image generation with Stable Diffusion 3 on product-quantised latents."""
 
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SchedulerMixin, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3 import StableDiffusion3PipelineOutput
 
 from diffusers_pq.models.autoencoder_pq import PQModel
+from diffusers_pq.models.class_conditioning import predicts_sample, scheduler_input
 from diffusers_pq.models.widening import ENDS
 from diffusers_pq.pipelines.pq_mixin import PQLatentsMixin, check_tokens
 
@@ -26,6 +29,32 @@ class StableDiffusion3PQMixin(PQLatentsMixin):
         for text in [prompt] if isinstance(prompt, str) else prompt:
             check_tokens(text, tokenizer, text_encoder)
         return super()._get_clip_prompt_embeds(prompt, *args, clip_model_index=clip_model_index, **kwargs)
+
+    def _denoise(self, parent_call, guidance_scale):
+        with _taking_latents(self.scheduler):
+            return super()._denoise(parent_call, guidance_scale)
+
+
+@contextmanager
+def _taking_latents(scheduler: SchedulerMixin) -> Iterator[None]:
+    """
+    Where the transformer predicts latents, which the parents know nothing of, steps of the scheduler take these.
+    Guidance comes before, which is the same: it adds predictions, with weights that sum to 1.
+    """
+    if not predicts_sample(scheduler):
+        yield
+        return
+    step = scheduler.step
+
+    @wraps(step)
+    def take_latents(model_output, timestep, sample, **kwargs):
+        return step(scheduler_input(scheduler, model_output, sample, timestep), timestep, sample, **kwargs)
+
+    scheduler.step = take_latents
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 class StableDiffusion3PQPipeline(StableDiffusion3PQMixin, StableDiffusion3Pipeline):

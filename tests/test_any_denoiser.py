@@ -61,4 +61,6 @@ def test_a_row_of_the_table_of_families_is_true(row):
     assert (modular != "-") == (f"{name}PQBlocks" in public)
     if modular != "-":
         blocks = getattr(diffusers_pq, f"{name}PQBlocks")()
-        assert ("image-to-image" in modular) == ("vae_encoder" in blocks.sub_blocks)
+        encoder = blocks.sub_blocks.get("vae_encoder")
+        assert ("image-to-image" in modular) == (encoder is not None)
+        assert ("inpainting" in modular) == (encoder is not None and "inpaint" in encoder.sub_blocks)

@@ -1,6 +1,7 @@
 """Blocks for modular diffusers: they paint what the pipelines of this package paint, and drop into other families."""
 
 import diffusers
+import PIL.Image
 import pytest
 import torch
 from conftest import tiny_config
@@ -21,6 +22,7 @@ from diffusers_pq import (
     StableDiffusion3PQPipeline,
     StableDiffusionXLPQBlocks,
     StableDiffusionXLPQImg2ImgPipeline,
+    StableDiffusionXLPQInpaintPipeline,
     StableDiffusionXLPQPipeline,
     ZImagePQBlocks,
 )
@@ -105,6 +107,22 @@ def test_modular_pipelines_paint_what_ours_paint(kind, vae):
     image = {"image": torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)), "strength": 0.9}
     expected = image_to_image.from_pipe(pipeline)(**prompts, **image, **seeded()).images
     torch.testing.assert_close(modular(**prompts, **image, **seeded(), output="images"), expected)
+
+
+def test_modular_pipelines_repaint_what_ours_repaint(vae):
+    inpaint = StableDiffusionXLPQInpaintPipeline(**stable_diffusion_xl(vae, 8), guidance_scale=3.0)
+    inpaint.set_progress_bar_config(disable=True)
+    modular = to_modular(inpaint)
+    picture = PIL.Image.radial_gradient("L").convert("RGB").resize((48, 48))
+    mask = PIL.Image.linear_gradient("L").resize(picture.size).point(lambda value: 255 * (value > 127))
+    given = {"prompt": "a red ladybug", "negative_prompt": "", "image": picture, "mask_image": mask}
+    for options in ({"strength": 0.9}, {"strength": 1.0, "num_images_per_prompt": 2}):
+        expected = inpaint(**given, **options, **seeded()).images
+        torch.testing.assert_close(modular(**given, **options, **seeded(), output="images"), expected)
+    cropped = {"padding_mask_crop": 4, "strength": 0.9} | seeded() | {"output_type": "pil"}
+    expected = inpaint(**given, **cropped).images[0]
+    found = modular(**given, **cropped | {"generator": torch.Generator().manual_seed(0)}, output="images")[0]
+    assert found.size == (48, 48) and found.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

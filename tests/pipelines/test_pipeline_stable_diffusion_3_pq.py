@@ -3,11 +3,18 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_config
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from tiny_pipelines import stable_diffusion, stable_diffusion_3, tiny_kl
 from transformers import CLIPTokenizer
 
 from diffusers_pq import PQModel, StableDiffusion3PQImg2ImgPipeline, StableDiffusion3PQPipeline
+from diffusers_pq.hub.modular import to_modular
+from diffusers_pq.training.noise import create_scheduler
 
 
 PROMPT = {"prompt": ["a red ladybug", "a big blue bus"]}
@@ -97,3 +104,17 @@ def test_img2img_takes_pictures_and_latents_and_starts_from_them(pipeline):
     expected = pipeline.vae(img2img.image_processor.preprocess(picture)).sample / 2 + 0.5
     expected = expected.clamp(0, 1).permute(0, 2, 3, 1).detach().numpy()
     assert np.abs(images - expected).mean() < 0.5 * np.abs(images - expected[:, ::-1]).mean()
+
+
+@pytest.mark.parametrize("scheduler_class", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_a_transformer_that_predicts_latents_ends_at_them(pipeline, scheduler_class):
+    latents = torch.randn(1, 8, 8, 8)
+    pipeline.transformer.forward = lambda hidden_states, **_: (latents.expand_as(hidden_states),)
+    scheduler = scheduler_class.from_config(create_scheduler("flow_matching", "sample", shift=2.0).config)
+    pipeline.scheduler = scheduler
+    torch.testing.assert_close(generate(pipeline, output_type="latent"), latents.expand(2, -1, -1, -1))
+    assert "step" not in vars(scheduler), "the scheduler is left as it was"
+    if scheduler_class is FlowMatchEulerDiscreteScheduler:
+        modular = to_modular(pipeline)
+        options = {"prompt": "a leaf", "negative_prompt": "", "num_inference_steps": 3, "output_type": "latent"}
+        torch.testing.assert_close(modular(**options, output="images"), latents)

@@ -129,10 +129,12 @@ def test_the_first_stage_trains_the_first_and_last_layer_only(family, workspace)
 @by_new_family
 def test_an_adapter_is_trained_that_our_pipelines_load(family, workspace):
     output = f"{family.__name__}-lora"
-    extra = ("--lora_alpha", 4, "--cache_latents")
+    extra = ("--lora_alpha", 4, "--cache_latents", "--prediction_type", "sample")
     if family is StableDiffusionXL:  # told the sizes of pictures of other proportions
         extra = ("--lora_target_modules", "to_q", "ff.net.2", "--aspect_ratio_buckets", "auto")
     adapt(workspace, family, output, "--lora_rank", 2, *extra)
+    scheduler = json.loads((workspace / output / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler.get("prediction_type") == ("sample" if family is StableDiffusion3 else "epsilon")
     vae = PQModel.from_pretrained(workspace / output / "vae")
     start = getattr(family.pq_pipeline_class, SOURCES[family][2])
     pipeline = start(workspace / family.__name__, vae=vae)
@@ -258,6 +260,7 @@ def test_checkpoints_that_hold_text_encoders_which_are_not_trained_still_load():
     ("family", "extra", "message"),
     [
         (StableDiffusion3, ("--snr_gamma", 5), "--snr_gamma is of diffusion, but the pipeline is of flow matching"),
+        (StableDiffusion3, ("--prediction_type", "epsilon"), "--prediction_type is of diffusion, but the pipeline"),
         (
             StableDiffusionXL,
             ("--lora_rank", 2, "--lora_target_modules", "to_z"),

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from diffusers_pq.flags import parse_args_with_recipe
+from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions
 from diffusers_pq.training.options import OptimisationOptions
-from diffusers_pq.training.pqgan import AutoencoderOptimisationOptions
+from diffusers_pq.training.pqgan import AutoencoderOptimisationOptions, PQGANOptions
+from diffusers_pq.training.stable_diffusion import AdaptationOptions
 
 
 ROOT = Path(__file__).parents[2]
@@ -202,3 +204,14 @@ def test_the_total_batch_is_shared_out_or_refused():
         share_out(3, total_batch_size=20)
     with pytest.raises(ValueError, match="20 is not --train_batch_size 8 x 1 processes .* leave out"):
         share_out(1, total_batch_size=20, train_batch_size=8)
+
+
+def test_the_table_of_flags_says_what_each_script_takes():
+    text = (ROOT / "training_scripts" / "README.md").read_text(encoding="utf-8")
+    lines = text.partition("## Flags of diffusers' scripts\n")[2].partition("\n## ")[0].splitlines()
+    rows = [[cell.strip(" `-") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `--")]
+    assert len(rows) > 10
+    commands = PQGANOptions, AdaptationOptions, LatentDiffusionOptions
+    for flag, *scripts, reason in rows:
+        expected = ["yes" * (flag in command.flags()) for command in commands]
+        assert scripts == expected and bool(reason) == ("" in expected), flag

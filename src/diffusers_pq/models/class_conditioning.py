@@ -1,9 +1,11 @@
 """Class-conditional denoisers made of diffusers' models: the UNet of LDM's ImageNet models, and DiT."""
 
+import inspect
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import DiTTransformer2DModel, SchedulerMixin, UNet2DConditionModel
 
 
 DENOISERS = {"UNet2DConditionModel": UNet2DConditionModel, "DiTTransformer2DModel": DiTTransformer2DModel}
@@ -108,11 +110,12 @@ def scheduler_input(
 ) -> torch.Tensor:
     """
     A denoiser's prediction as the `step` of its scheduler wants it. Those of diffusion take each `prediction_type`;
-    that of flow matching takes velocities only, (x_t - x) / sigma.
+    those of flow matching know none and take velocities only, (x_t - x) / sigma.
     """
-    if predicts_sample(scheduler) and isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return (noisy - prediction) / (timestep / scheduler.config.num_train_timesteps)
-    return prediction
+    knows_types = "prediction_type" in inspect.signature(type(scheduler).__init__).parameters
+    if knows_types or not predicts_sample(scheduler):
+        return prediction
+    return (noisy - prediction) / (timestep / scheduler.config.num_train_timesteps)
 
 
 def token_dimension(denoiser: nn.Module) -> tuple[int, int]:

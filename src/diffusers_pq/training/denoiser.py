@@ -525,7 +525,7 @@ class DenoiserTask:
         start_stage: Called with the denoiser and a stage at the stage's beginning.
         with_sizes (`bool`): Whether conditions hold sizes, see [`ConditionedCrops`].
         parts (`dict[str, nn.Module]`): That a dry run counts, by name.
-        offloaded (`tuple[nn.Module, ...]`): What stays on the CPU until pictures are generated.
+        offloaded (`tuple[nn.Module, ...]`): What stays on the CPU until pictures are generated, beside the `vae`.
         buckets:
             Makes the sizes of the pictures of a resolution, see
             [`~diffusers_pq.data.pictures.aspect_ratio_buckets`]; `None` for squares.
@@ -775,5 +775,6 @@ def _validate(run, trainer, task, validation):
             run.log_scores(scores)
             run.keep_if_best(partial(task.save, trainer), scores)
         if task.paint is not None and run.accelerator.is_main_process:
-            with offload_models(*task.offloaded, device=run.accelerator.device, offload=bool(task.offloaded)):
+            device, waits = run.accelerator.device, bool(task.offloaded)
+            with fetched(task.vae, device), offload_models(*task.offloaded, device=device, offload=waits):
                 run.log_images(task.paint(), images_per_row=4)

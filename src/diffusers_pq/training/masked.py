@@ -348,7 +348,6 @@ def _build_task(options, accelerator: Accelerator, pipeline: MaskedPQPipeline) -
         save=partial(_save_pipeline, pipeline),
         paint=paint if values else None,
         parts={name: part for name, part in parts.items() if part is not None},
-        offloaded=(pipeline.vae,) if optim.offload else (),
     )
 
 

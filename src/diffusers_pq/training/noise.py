@@ -56,14 +56,18 @@ def adapt_schedule(
             that its config can make a DDIMScheduler of.
         shift (`float`): See [`latent_shift`]; 1 shifts nothing.
         rescale_betas_zero_snr (`bool`): End in pure noise (Lin et al., 2024).
-        prediction_type (`str`, *optional*): `"epsilon"`, `"v_prediction"` or `"sample"`. Default: the model's.
+        prediction_type (`str`, *optional*): `"epsilon"`, `"v_prediction"` or `"sample"`; of flow matching `"sample"`.
+            Default: the model's.
 
     Raises:
         ValueError: if epsilon is to be predicted where there is nothing but noise.
     """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         static = {"shift": scheduler.config.shift * shift, "use_dynamic_shifting": False}
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **static)
+        adapted = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **static)
+        if prediction_type is not None:  # which the scheduler itself does not know, but keeps
+            adapted.register_to_config(prediction_type=prediction_type)
+        return adapted
     # Latents have no bounds to be clipped to; DDIM's default is that of pixels.
     adapted = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
     prediction_type = prediction_type or adapted.config.prediction_type

@@ -24,6 +24,7 @@ from ..data.pictures import aspect_ratio_buckets
 from ..files import folder_or_hub
 from ..flags import REQUIRED, Options, flag, with_default
 from ..models.autoencoder_pq import PQModel
+from ..models.class_conditioning import predicts_sample
 from ..models.widening import outer_layers, widen_denoiser
 from .denoiser import (
     ConditionalDenoiser,
@@ -230,7 +231,8 @@ class AdaptationNoiseOptions(NoiseOptions):
 
     prediction_type: str | None = flag(
         None,
-        "what the UNet predicts; default: unchanged",
+        "what the denoiser predicts; in flow matching only sample, the latents, in place of the velocity; default: "
+        "unchanged",
         choices=("epsilon", "v_prediction", "sample"),
         fixed=True,
     )
@@ -335,6 +337,8 @@ def _build_pipeline(options, run):
     if options.run.guidance_scale is not None:
         guidance_scale = options.run.guidance_scale
     if not isinstance(vae, PQModel):
+        if kind.is_flow_matching and predicts_sample(parts["scheduler"]):
+            raise ValueError("--prediction_type sample needs a PQModel here: diffusers' pipelines take velocities.")
         return kind(pipeline), kind.pipeline_class(**parts, **parameters)
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     return kind(pipeline), kind.pq_pipeline_class(**parts, **parameters, **guidance)
@@ -343,9 +347,11 @@ def _build_pipeline(options, run):
 def _check_noise(noise, kind):
     if not kind.is_flow_matching and noise.weighting_scheme is not None:
         raise ValueError("--weighting_scheme is of flow matching: leave it out.")
-    of_diffusion = {"snr_gamma": None, "rescale_betas_zero_snr": False, "prediction_type": None}
-    for name, default in of_diffusion.items():
-        if kind.is_flow_matching and getattr(noise, name) != default:
+    of_diffusion = {"snr_gamma": noise.snr_gamma, "rescale_betas_zero_snr": noise.rescale_betas_zero_snr}
+    if noise.prediction_type != "sample":
+        of_diffusion["prediction_type"] = noise.prediction_type
+    for name, value in of_diffusion.items():
+        if kind.is_flow_matching and value:
             raise ValueError(f"--{name} is of diffusion, but the pipeline is of flow matching: leave it out.")
 
 
@@ -434,7 +440,7 @@ def _build_task(options, accelerator, family, pipeline):
         start_stage=lambda denoiser, stage: denoiser.train_only(stage.trained),
         with_sizes=family.takes_sizes,
         parts={family.denoiser_name: denoiser, **text_encoders, "vae": pipeline.vae},
-        offloaded=(frozen if waits else ()) + ((pipeline.vae,) if optim.offload else ()),
+        offloaded=frozen if waits else (),
         buckets=partial(data.buckets, multiple=_bucket_multiple(pipeline.vae, denoiser)),
     )
 
