@@ -30,6 +30,7 @@ from diffusers_pq.data.conditions import ClassLabels
 from diffusers_pq.data.pictures import ConditionedCrops, Crops, PictureSource
 from diffusers_pq.evaluation.data import EvaluationData
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
+from diffusers_pq.evaluation.reconstruction import describe_latents
 from diffusers_pq.files import read_json, replacing, write_json
 from diffusers_pq.flags import COUNT, SCALE, FlagParser, named, number, output_folder, trained_unlike
 from diffusers_pq.images import to_uint8
@@ -233,9 +234,14 @@ def plot(runs, path):
 
 def markdown_tables(record):
     spaces = list(next(iter(record["runs"].values()))["frechet_distances"]["samples"])
-    titles = ["no noise", *(f"SNR {level:g}" for level in record["settings"]["snr"])]
+    titles = ["bits per pixel", "no noise", *(f"SNR {level:g}" for level in record["settings"]["snr"])]
     noisy = [
-        [label, *(f"{level['psnr']:.2f} / {level['ssim']:.3f}" for level in run["held_out"])]
+        [
+            label,
+            # What was measured before they were recorded has none.
+            f"{run['bits_per_pixel']:.4g}" if "bits_per_pixel" in run else "-",
+            *(f"{level['psnr']:.2f} / {level['ssim']:.3f}" for level in run["held_out"]),
+        ]
         for label, run in record["runs"].items()
     ]
     distances = [
@@ -277,6 +283,7 @@ def main(args):
             runs[label] = {
                 "config": configs[label],
                 "denoiser_parameters": pipeline.denoiser.num_parameters(),
+                "bits_per_pixel": describe_latents(pipeline.vae, config["resolution"])["bits_per_pixel"],
                 "held_out": denoise_held_out(pipeline, pictures, labels, args.snr, args.batch_size),
                 "frechet_distances": measure_distances(*measured),
             }

@@ -125,7 +125,6 @@ def sweep_details(records: Mapping) -> str:
     rows = pd.DataFrame(records["sweep_normal"]["configurations"])
     means = mean_of_runs(rows)
     psnr = by_share(means, "psnr")
-    left_out = [d for d in psnr if psnr[d].isna().any()]
     sizes = sorted(means.K.unique())
     worse = means.pivot_table("psnr", index=["d", "S"], columns="K")
     worse = int((worse[sizes[-1]] < worse[sizes[0]]).sum())
@@ -134,8 +133,8 @@ def sweep_details(records: Mapping) -> str:
     common = product.groupby("S").d.nunique().idxmax()  # of which there are the most d
     entropy, of_common = by_share(means, "H_n").loc["d/2"], product[product.S == common].groupby("d").H_n.mean()
     lines = [
-        f"**From S = d/2 to d**, PSNR changes by {_by(psnr.loc['d'] - psnr.loc['d/2'], '+.2f', 'd', ' dB')}. The "
-        f"second finding leaves out d = {listed(left_out)}, where not every share of d is a number of subspaces.",
+        f"**From S = d/2 to d**, PSNR changes by {_by(psnr.loc['d'] - psnr.loc['d/2'], '+.2f', 'd', ' dB')}."
+        + _left_out(psnr),
         f"**At S = 1**, twice the d changes PSNR by {_by(slopes, '+.2f', 'K', ' dB')}. "
         + _collapsed(rows[rows.H_n < COLLAPSED]),
         f"**K varies only by a factor of {sizes[-1] // sizes[0]} here**, in the paper by 128. K = {sizes[-1]} is "
@@ -241,6 +240,13 @@ def _range(rows: pd.DataFrame, factor: str) -> float:
     """How much PSNR differs between the values of a factor, the others being equal."""
     groups = rows.groupby([name for name in ("d", "S", "K") if name != factor]).psnr
     return (groups.max() - groups.min()).mean()
+
+
+def _left_out(psnr: pd.DataFrame) -> str:
+    dimensions = [d for d in psnr if psnr[d].isna().any()]
+    if not dimensions:
+        return ""
+    return f" The second finding leaves out d = {listed(dimensions)}, which not all shares give a number of subspaces."
 
 
 def _collapsed(rows: pd.DataFrame) -> str:

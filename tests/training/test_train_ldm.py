@@ -142,7 +142,7 @@ def test_the_benchmark_compares_runs_that_were_trained_alike(workspace):
     assert f"| Fréchet distance | {' | '.join(spaces)} |" in tables and list(runs) == ["PQ", "KL"]
     for run in runs.values():
         assert [round(level["snr"] or 0, 1) for level in run["held_out"]] == [0, pytest.approx(10, 0.1), 0.1]
-        assert min(run["frechet_distances"]["samples"].values()) > 0
+        assert min(run["frechet_distances"]["samples"].values()) > 0 and run["bits_per_pixel"] > 0
     assert all((results / f"latent_diffusion{end}.png").is_file() for end in ("", "_samples"))
     train(workspace, "longer", "--max_train_steps", 4, vae="kl")
     with pytest.raises(subprocess.CalledProcessError) as error:

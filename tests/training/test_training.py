@@ -90,7 +90,7 @@ def test_trains_with_everything_on_and_leaves_a_loadable_model(workspace):
     assert [path.name for path in list_checkpoints(workspace / "out")] == ["checkpoint-3", "checkpoint-6"]
     assert "psnr" in result.stdout and "H_n" in result.stdout
     best = json.loads((workspace / "out" / "best" / "validation.json").read_text())
-    assert best["step"] in (3, 6) and {"psnr", "ssim", "H_n", "P_n", "dead", "dead_max"} <= best.keys()
+    assert best["step"] in (3, 6) and {"psnr", "psnr_pooled", "ssim", "H_n", "P_n", "dead", "dead_max"} <= best.keys()
     assert isinstance(load_autoencoder(str(workspace / "out" / "best")), PQModel)
     assert check_folder(workspace / "out" / "best").data.library_name == "diffusers"
     assert "diffusers_pq" in (workspace / "out" / "README.md").read_text()

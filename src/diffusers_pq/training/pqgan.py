@@ -23,7 +23,7 @@ from ..data.loaders import build_train_loader, first_batches
 from ..data.pictures import RESIZE_MODES, Crops, usable_rows
 from ..flags import Options, flag, with_default
 from ..images import to_uint8
-from ..metrics import LPIPS, PSNR, SSIM, CodebookUsage, WeightsUnavailableError, load_lpips, psnr
+from ..metrics import LPIPS, PSNR, SSIM, CodebookUsage, PooledPSNR, WeightsUnavailableError, load_lpips, psnr
 from ..models.discriminator import PatchDiscriminator
 from ..models.kmeans import kmeans_codebooks
 from .codebooks import DeadEntryReseeder, EMACodebooks
@@ -379,7 +379,8 @@ class ReconstructionValidation:
         rows, self.count = share_out(rows, accelerator)
         self.crops = crops
         self.loader = DataLoader(rows, batch_size=batch_size, collate_fn=self._collate)
-        self.metrics = {"psnr": PSNR(), "ssim": SSIM()} | ({} if lpips is None else {"lpips": LPIPS(lpips)})
+        self.metrics = {"psnr": PSNR(), "psnr_pooled": PooledPSNR(), "ssim": SSIM()}
+        self.metrics |= {} if lpips is None else {"lpips": LPIPS(lpips)}
 
     def _collate(self, rows: list[dict]) -> torch.Tensor:
         return torch.cat([self.crops(row, random.Random(0)) for row in rows])
@@ -395,8 +396,8 @@ class ReconstructionValidation:
 
         Returns:
             `tuple`: means over all pictures of `psnr` (dB), `ssim` and, if its weights are available, `lpips`, with
-            H_n, P_n and the share of dead entries if there are codes; and some originals followed by their
-            reconstructions, uint8.
+            `psnr_pooled` of all errors together, and H_n, P_n and the share of dead entries if there are codes; and
+            some originals followed by their reconstructions, uint8.
         """
         device = self.accelerator.device
         quantizer = getattr(self.accelerator.unwrap_model(model).autoencoder, "quantizer", None)
