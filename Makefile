@@ -171,7 +171,7 @@ benchmarks: install data/debian-tiles
 # packed is installed beside its packages, and its pictures are taken.
 ifdef BARE
 GPU_PYTHON = PYTHONPATH=$(CURDIR)/build/site$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
-GPU_READY = build/site
+GPU_READY = build/site build/deepspeed
 SWEEP_DATA ?= build/data
 TRAIN_DATA ?= build/data
 else
@@ -184,9 +184,17 @@ endif
 RESULTS ?=
 GPU_OUTPUT = $(if $(RESULTS),--output_dir $(RESULTS))
 
-WHEELS = $(wildcard .whl/*.whl)
+DEEPSPEED = $(wildcard .whl/deepspeed-*.whl)
+WHEELS = $(filter-out $(DEEPSPEED),$(wildcard .whl/*.whl))
+INSTALL_BARE = $(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --no-compile --upgrade --target
 build/site: $(WHEELS) $(shell find src pipelines -name "*.py")
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --no-compile --upgrade --target $@ $(WHEELS) .
+	$(INSTALL_BARE) $@ $(WHEELS) .
+	touch $@
+
+# On its own, for its test: accelerate imports it in every training that could see it.
+build/deepspeed: $(DEEPSPEED)
+	mkdir -p $@
+	$(if $<,$(INSTALL_BARE) $@ $<)
 	touch $@
 
 build/data: .whl/data.tar.gz

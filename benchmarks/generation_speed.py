@@ -2,7 +2,9 @@
 """Table 3: time and memory of generating pictures with Stable Diffusion 2.1 and with the three PQSD models; and the
 same for Stable Diffusion XL.
 
-    python benchmarks/generation_speed.py           # on a GPU: --device cuda --dtype float16 --batch_sizes 1 4 16
+    python benchmarks/generation_speed.py
+    python benchmarks/generation_speed.py --device cuda --dtype float16 --batch_sizes 1 4 16 \\
+        --layouts default channels_last
     python benchmarks/generation_speed.py --systems SDXL SDXL-PQ-HR SDXL-PQ-Precise SDXL-PQ-Quick
 
 The networks have their full size (SD 2.1's UNet: 866M parameters, SDXL's 2.6B) and random weights, since only time and
@@ -12,7 +14,9 @@ graph, with compiled blocks (`compile_repeated_blocks`), and with both. Writes g
 """
 
 import datetime
+import itertools
 import json
+import math
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -22,8 +26,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers_pq import PQModel, widen_unet
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import replacing, write_json
-from diffusers_pq.flags import COUNT, DTYPES, FlagParser, device, output_folder
-from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
+from diffusers_pq.flags import COUNT, number
+from diffusers_pq.measuring import (
+    MeasuringParser,
+    describe_machine,
+    in_passes,
+    measure_modes,
+    results_folder,
+    shrunk,
+)
 
 
 # Of Stable Diffusion 2.1, but for the channels of the latents.
@@ -50,6 +61,7 @@ KL = {
     "layers_per_block": 2,
     "sample_size": 768,
 }
+LAYOUTS = {"default": torch.contiguous_format, "channels_last": torch.channels_last}
 # For --small.
 SMALL_UNET = {
     "block_out_channels": (32, 64),
@@ -60,7 +72,6 @@ SMALL_UNET = {
     "attention_head_dim": 8,
     "cross_attention_dim": 32,
 }
-SMALL_VAE = {"layers_per_block": 1, "mid_block_add_attention": False}
 PROMPT_TOKENS = 77
 POOLED_PROMPT = 1280  # dimensions, of SDXL
 
@@ -96,38 +107,33 @@ TABLE3 = [name for name, system in SYSTEMS.items() if system.base == "SD 2.1"]
 
 
 def parse_args(argv=None):
-    parser = FlagParser(description=__doc__)
+    parser = MeasuringParser("benchmarks/results", description=__doc__)
     parser.add_argument(
         "--systems",
         nargs="+",
         choices=SYSTEMS,
         default=TABLE3,
-        help="systems to measure; SD 2.1 or SDXL, which the others are compared with, always",
+        help="systems to measure, in this order; SD 2.1 or SDXL, which the others are compared with, always first",
     )
     parser.add_argument("--num_inference_steps", type=COUNT, default=50, help="steps that a picture is counted with")
-    parser.add_argument("--batch_sizes", nargs="+", type=COUNT, default=[1], help="pictures that are made at once")
-    parser.add_argument(
-        "--modes",
-        nargs="+",
-        choices=MODES,
-        help="how the networks are run; default: eager on a CPU, all on a GPU",
-    )
     parser.add_argument("--steps", type=COUNT, default=2, help="steps that are timed; the median counts")
-    parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models")
-    parser.add_argument("--small", action="store_true", help="take tiny networks and pictures, to try the command")
     parser.add_argument(
-        "--output_dir", type=output_folder, help="folder of the results; default: benchmarks/results/ and the device"
+        "--most_seconds",
+        type=number(float, above=0),
+        default=math.inf,
+        help="time fewer, once they take so long together; by default no limit",
     )
-    args = parser.parse_args(argv)
-    args.modes = args.modes or usual_modes(args.device)
-    return args
+    parser.add_argument(
+        "--layouts", nargs="+", choices=LAYOUTS, default=["default"], help="memory formats of the networks' weights"
+    )
+    return parser.parse_args(argv)
 
 
 def systems_to_measure(names):
-    """Those named and what they are compared with, in the order of `SYSTEMS`."""
-    wanted = {*names, *(SYSTEMS[name].base for name in names)}
-    return {name: system for name, system in SYSTEMS.items() if name in wanted}
+    """Those named, in this order, each after what it is compared with; those of one base together."""
+    bases = dict.fromkeys(SYSTEMS[name].base for name in names)
+    wanted = [name for base in bases for name in (base, *(name for name in names if SYSTEMS[name].base == base))]
+    return {name: SYSTEMS[name] for name in wanted}
 
 
 def build_unet(base, args):
@@ -141,7 +147,7 @@ def build(system, unet, args):
     is_kl = system.autoencoder is None
     config = KL if is_kl else PQModel.load_config(system.autoencoder)
     if args.small:
-        config = config | SMALL_VAE | {"block_out_channels": (32,) * len(config["block_out_channels"])}
+        config = shrunk(config)
     with torch.device(args.device):
         vae = AutoencoderKL(**config) if is_kl else PQModel.from_config(config)
     channels, factor = vae.config.latent_channels, 2 ** (len(config["block_out_channels"]) - 1)
@@ -178,7 +184,8 @@ def parts_of(unet, vae, latents_shape, batch_size, args):
 @torch.no_grad()
 def measure(parts, modes, weights, batch_size, args):
     """Rows of one batch size by mode; `weights` are GiB."""
-    found = {name: measure_modes(part, modes, args.steps, args.device) for name, part in parts.items()}
+    limits = args.steps, args.device, args.most_seconds
+    found = {name: measure_modes(part, modes, *limits) for name, part in parts.items()}
     return {mode: summarise(mode, found, weights, batch_size, args.num_inference_steps) for mode in modes}
 
 
@@ -196,25 +203,35 @@ def summarise(mode, found, weights, batch_size, num_inference_steps):
 
 
 def measure_system(system, unet, args):
-    """The first batch size and mode, and below `batches` all of them."""
+    """
+    The row of a system, again whenever more of it is known: below `batches` all batch sizes, modes and layouts, and as
+    its own what was found for the first of each.
+    """
     own_unet, vae, channels, factor = build(system, unet, args)
     weights = sum(p.numel() * p.element_size() for module in (own_unet, vae) for p in module.parameters()) / 2**30
     side = (64 if args.small else system.pixels) // factor
     row = {"pixels": side * factor, "F": factor, "d": channels, "paper_ratio": system.paper_ratio}
-    batches = {str(size): {} for size in args.batch_sizes}
+    row |= {"weights_gib": weights, "batches": {str(size): {} for size in args.batch_sizes}}
     for modes in in_passes(args.modes, lambda: compile_parts(own_unet, vae)):
-        for batch_size in args.batch_sizes:
+        for layout, batch_size in itertools.product(args.layouts, args.batch_sizes):
+            for module in (own_unet, vae):
+                module.to(memory_format=LAYOUTS[layout])
             parts = parts_of(own_unet, vae, (channels, side, side), batch_size, args)
-            batches[str(batch_size)] |= measure(parts, modes, weights, batch_size, args)
-    first = batches[str(args.batch_sizes[0])][args.modes[0]]
-    return row | {"weights_gib": weights} | first | {"batches": batches}
+            for mode, found in measure(parts, modes, weights, batch_size, args).items():
+                row["batches"][str(batch_size)][setting(mode, layout)] = found
+            first = row["batches"][str(args.batch_sizes[0])].get(setting(args.modes[0], args.layouts[0]), {})
+            yield row | first
+
+
+def setting(mode, layout):
+    return mode if layout == "default" else f"{mode} {layout}"
 
 
 def add_ratios(row, base):
     """The speed over the base system's under the same settings."""
-    for size, modes in row["batches"].items():
-        for mode, one in modes.items():
-            other = base["batches"][size][mode]
+    for size, settings in row["batches"].items():
+        for name, one in settings.items():
+            other = base["batches"][size][name]
             if "error" not in one and "error" not in other:
                 one["speed_ratio"] = other["picture_seconds"] / one["picture_seconds"]
     if "picture_seconds" in row and "picture_seconds" in base:
@@ -222,12 +239,12 @@ def add_ratios(row, base):
 
 
 def table(rows):
-    """One line for each system and batch size: seconds a picture, and speed over the base's, by mode."""
+    """One line for each system and batch size: seconds a picture, and speed over the base's, by mode and layout."""
     for name, row in rows.items():
-        for size, modes in row["batches"].items():
+        for size, settings in row["batches"].items():
             cells = [
-                f"{mode} {one['picture_seconds']:.3g} s ({one.get('speed_ratio', 1):.2f} x)"
-                for mode, one in modes.items()
+                f"{title} {one['picture_seconds']:.3g} s ({one.get('speed_ratio', 1):.2f} x)"
+                for title, one in settings.items()
                 if "error" not in one
             ]
             yield f"{name}, {row['pixels']} px, {size} at once: " + ", ".join(cells)
@@ -263,14 +280,15 @@ def main(args):
     today = datetime.date.today().isoformat()
     machine = f"{describe_machine(args.device)}, {args.dtype}, {today}"
     rows, unets = {}, {}
+    record = {"date": today, "machine": machine, "num_inference_steps": args.num_inference_steps, "systems": rows}
     for name, system in systems_to_measure(args.systems).items():
         if system.base not in unets:
             unets = {system.base: build_unet(system.base, args)}
-        rows[name] = measure_system(system, unets[system.base], args)
-        add_ratios(rows[name], rows[system.base])
+        for row in measure_system(system, unets[system.base], args):
+            rows[name] = row
+            add_ratios(row, rows[system.base])
+            write_json(folder / "generation_speed.json", record)
         print(name, json.dumps(rows[name]), flush=True)
-        record = {"date": today, "machine": machine, "num_inference_steps": args.num_inference_steps, "systems": rows}
-        write_json(folder / "generation_speed.json", record)
     plot(rows, args.num_inference_steps, machine, folder / "generation_speed.png")
     print(*table(rows), sep="\n")
 

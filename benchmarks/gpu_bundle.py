@@ -4,13 +4,14 @@
     python -m benchmarks.gpu_bundle                                     # wheels
     python -m benchmarks.gpu_bundle --data data/emoji --side 64         # and pictures for `make gpu-train BARE=1`
 
-Writes wheels to .whl/, which git ignores, in the versions that are installed here; they and the tree are to be copied
-there. Pictures are packed reduced, with their captions, into .whl/data.tar.gz.
+Writes wheels to .whl/, which git ignores, in the versions that are installed here, and DeepSpeed's; they and the tree
+are to be copied there. Pictures are packed reduced, with their captions, into .whl/data.tar.gz.
 """
 
 import importlib.metadata
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -28,6 +29,10 @@ from diffusers_pq.images import load_image
 PACKAGES = ("diffusers", "datasets", "dill", "multiprocess", "torchdata", "lpips", "torch-fidelity", "flash-kmeans")
 # diffusers asks for it; newer ones no longer import as it expects.
 PINNED = ("importlib-metadata<9",)
+# Published as source alone, of which a wheel without compiled operators is made here, and what the images lack of what
+# it needs. Version 0.19.8 is the one that was tried.
+BUILT = ("deepspeed==0.19.8",)
+NEEDED_BY_BUILT = ("hjson", "pydantic")
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 17)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
 ROOT = Path(__file__).parent.parent
 MOST_BYTES = 60 * 2**20
@@ -52,13 +57,21 @@ def requirements():
     yield from PINNED
 
 
+def pip_commands(folder, python_version):
+    """What fetches all wheels: those published, those that they need, and those that are built."""
+    pip = [sys.executable, "-m", "pip"]
+    there = ["--implementation", "cp", "--python-version", python_version]
+    there += [flag for platform in PLATFORMS for flag in ("--platform", platform)]
+    published = [*pip, "download", "--quiet", "--only-binary", ":all:", *there, "--dest", str(folder)]
+    built = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    return [*published, "--no-deps", *requirements()], [*published, *NEEDED_BY_BUILT], [*built, *BUILT]
+
+
 def download(folder, python_version):
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--implementation", "cp", "--python-version", python_version, "--dest", str(folder)]
-    for platform in PLATFORMS:
-        command += ["--platform", platform]
-    if subprocess.run([*command, *requirements()]).returncode:
-        raise OSError(f"pip could not download {', '.join(requirements())}.")
+    environment = os.environ | {"DS_BUILD_OPS": "0"}
+    for command in pip_commands(folder, python_version):
+        if subprocess.run(command, env=environment).returncode:
+            raise OSError(f"pip could not fetch the wheels: {' '.join(command)}")
 
 
 def pack_pictures(data, side, path):

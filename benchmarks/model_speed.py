@@ -21,9 +21,17 @@ from diffusers_pq import PQModel
 from diffusers_pq.autoencoders import load_autoencoder
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import read_json, write_json
-from diffusers_pq.flags import COUNT, DTYPES, FlagParser, device, output_folder
+from diffusers_pq.flags import COUNT
 from diffusers_pq.images import to_tensor, to_uint8
-from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
+from diffusers_pq.measuring import (
+    MeasuringParser,
+    compile_autoencoder,
+    describe_machine,
+    in_passes,
+    measure_modes,
+    random_autoencoder,
+    results_folder,
+)
 from diffusers_pq.metrics import psnr
 from diffusers_pq.models import autoencoder_pq
 from diffusers_pq.photographs import load_photographs
@@ -32,12 +40,11 @@ from diffusers_pq.photographs import load_photographs
 # `default` is what PQModel does by itself: on a CPU it brings pictures and latents into channels_last. `contiguous` is
 # without, `channels_last` has the weights in that layout, too.
 LAYOUTS = ("contiguous", "default", "channels_last")
-SMALL = {"layers_per_block": 1, "mid_block_add_attention": False}
 FASTEST_LAYOUT = autoencoder_pq.fastest_layout
 
 
 def parse_args(argv=None):
-    parser = FlagParser(description=__doc__)
+    parser = MeasuringParser("benchmarks/results", description=__doc__)
     parser.add_argument(
         "--models",
         nargs="+",
@@ -47,46 +54,25 @@ def parse_args(argv=None):
     parser.add_argument(
         "--pixels", nargs="+", type=COUNT, default=[256, 768, 1536], help="side of the pictures, in pixels"
     )
-    parser.add_argument("--batch_sizes", nargs="+", type=COUNT, default=[1], help="pictures at once")
     parser.add_argument(
         "--layouts", nargs="+", choices=LAYOUTS, default=["contiguous", "default"], help="memory formats of the models"
     )
-    parser.add_argument(
-        "--modes", nargs="+", choices=MODES, help="how the models are run; default: eager on a CPU, all on a GPU"
-    )
     parser.add_argument("--repeats", type=COUNT, default=3, help="measurements, of which the median counts")
-    parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models")
     parser.add_argument(
         "--tiling_model",
         default="model_cards/pqgan-mini-f8-pq",
         help="autoencoder of the comparison of tiled pictures with whole ones",
     )
     parser.add_argument("--tiling_pixels", type=COUNT, default=1536, help="side of the picture of that comparison")
-    parser.add_argument("--small", action="store_true", help="take tiny models and one photograph, to try the command")
-    parser.add_argument(
-        "--output_dir", type=output_folder, help="folder of the results; default: benchmarks/results/ and the device"
-    )
-    args = parser.parse_args(argv)
-    args.modes = args.modes or usual_modes(args.device)
-    return args
+    return parser.parse_args(argv)
 
 
 def build(path, layout, args):
-    torch.manual_seed(0)
-    config = PQModel.load_config(path)
-    if args.small:
-        config = config | SMALL | {"block_out_channels": (32,) * len(config["block_out_channels"])}
-    model = PQModel.from_config(config).eval().to(args.device, getattr(torch, args.dtype))
+    model = random_autoencoder(PQModel, path, args)
     autoencoder_pq.fastest_layout = (lambda x: x) if layout == "contiguous" else FASTEST_LAYOUT
     if layout == "channels_last":
         model.to(memory_format=torch.channels_last)
     return model
-
-
-def compile_parts(model):
-    model.encoder.compile()
-    model.decoder.compile()
 
 
 @torch.no_grad()
@@ -140,7 +126,7 @@ def main(args):
     key = ("model", "variant", "mode", "pixels", "batch_size", "machine")
     for path, layout in itertools.product(args.models, args.layouts):
         model = build(path, layout, args)
-        for modes in in_passes(args.modes, lambda model=model: compile_parts(model)):
+        for modes in in_passes(args.modes, lambda model=model: compile_autoencoder(model)):
             sizes = [*itertools.product(args.batch_sizes, args.pixels)]
             for batch_size, pixels in tqdm(sizes, desc=f"{path} {layout} {' '.join(modes)}"):
                 what = {"model": path, "variant": layout, "pixels": pixels, "batch_size": batch_size} | where

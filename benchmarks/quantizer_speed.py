@@ -21,8 +21,16 @@ from diffusers_pq import PQModel, ProductQuantizer
 from diffusers_pq.autoencoders import autoencoder_class
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.files import replacing, write_json
-from diffusers_pq.flags import COUNT, DTYPES, FlagParser, device, output_folder
-from diffusers_pq.measuring import MODES, describe_machine, in_passes, measure_modes, results_folder, usual_modes
+from diffusers_pq.flags import COUNT
+from diffusers_pq.measuring import (
+    MeasuringParser,
+    compile_autoencoder,
+    describe_machine,
+    in_passes,
+    measure_modes,
+    random_autoencoder,
+    results_folder,
+)
 from diffusers_pq.models import search
 
 
@@ -31,34 +39,21 @@ SHAPES = [(128, 64, 512), (256, 128, 128), (256, 64, 256), (128, 32, 512), (128,
 SIZES = [1024, 9216]
 # For --small.
 SMALL_SHAPES = [(16, 4, 16), (16, 16, 16)]
-SMALL = {"layers_per_block": 1, "mid_block_add_attention": False}
 
 
 def parse_args(argv=None):
-    parser = FlagParser(description=__doc__)
-    parser.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
+    parser = MeasuringParser("benchmarks/results", description=__doc__)
     parser.add_argument("--threads", type=COUNT, default=torch.get_num_threads(), help="threads on a CPU")
     parser.add_argument("--repeats", type=COUNT, default=15, help="measurements, of which the median counts")
     parser.add_argument("--sizes", nargs="+", type=COUNT, default=SIZES, help="numbers of latent pixels N")
-    parser.add_argument(
-        "--modes", nargs="+", choices=MODES, help="how functions are run; default: eager on a CPU, all on a GPU"
-    )
-    parser.add_argument("--batch_sizes", nargs="+", type=COUNT, default=[1], help="pictures in a reconstruction")
-    parser.add_argument("--pixels", type=COUNT, default=256, help="side of these pictures, in pixels")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models")
+    parser.add_argument("--pixels", type=COUNT, default=256, help="side of the reconstructed pictures, in pixels")
     parser.add_argument(
         "--models",
         nargs="*",
         default=["model_cards/pqgan-f8", "model_cards/pqgan-f16", "model_cards/pqgan-f32"],
         help="PQModels whose d, S and K are measured",
     )
-    parser.add_argument("--small", action="store_true", help="take tiny models, to try the command")
-    parser.add_argument(
-        "--output_dir", type=output_folder, help="folder of the results; default: benchmarks/results/ and the device"
-    )
-    args = parser.parse_args(argv)
-    args.modes = args.modes or usual_modes(args.device)
-    return args
+    return parser.parse_args(argv)
 
 
 def loop(latents, codebooks):
@@ -158,18 +153,6 @@ def unlike_float64(latents, codebooks):
     return wrong / codes.numel()
 
 
-def build_model(path, args):
-    config = PQModel.load_config(path)
-    if args.small:
-        config = config | SMALL | {"block_out_channels": (32,) * len(config["block_out_channels"])}
-    return PQModel.from_config(config).eval().to(args.device, getattr(torch, args.dtype))
-
-
-def compile_parts(model):
-    model.encoder.compile()
-    model.decoder.compile()
-
-
 @torch.no_grad()
 def measure_share(model, modes, batch_size, args):
     """By mode: seconds of a reconstruction and of its quantisation; random weights, since only time is measured."""
@@ -191,9 +174,9 @@ def share_of(part, whole):
 
 def measure_model(path, args):
     """A row for each batch size: by mode, and what was found in the first of them as the row's own."""
-    model = build_model(path, args)
+    model = random_autoencoder(PQModel, path, args)
     by_size = {size: {} for size in args.batch_sizes}
-    for modes in in_passes(args.modes, lambda: compile_parts(model)):
+    for modes in in_passes(args.modes, lambda: compile_autoencoder(model)):
         for size, found in by_size.items():
             found |= measure_share(model, modes, size, args)
     for size, found in by_size.items():

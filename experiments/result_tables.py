@@ -154,6 +154,16 @@ def training_speed(record):
     return f"{where} {crops}.\n\n{markdown_table(('loop', 'a step', 'time', 'memory'), lines)}"
 
 
+def gpu_goals(record):
+    """Goals on a GPU, and what was found in one run."""
+    lines = [
+        (row["what"], *("-" if row[key] is None else f"{row[key]:.3g}" for key in ("goal", "found")), row["verdict"])
+        for row in record["goals"]
+    ]
+    table = markdown_table(("what", "goal", "found", "verdict"), lines)
+    return f"{measured('make gpu-check', record)}\n\n{table}"
+
+
 def adaptation(record):
     """Loss on held-out pictures, by the start of the new weights."""
     curves = {name: dict(run["validation/loss"]) for name, run in record["runs"].items()}

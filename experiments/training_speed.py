@@ -3,7 +3,7 @@
 
     python experiments/training_speed.py
     python experiments/training_speed.py --device cuda --config model_cards/pqgan-f8/config.json --resolution 256 \\
-        --batch_size 20 --mixed_precision bf16 --variants plain channels_last compiled
+        --batch_size 20 --mixed_precision bf16 --variants plain channels_last compiled compiled_channels_last
 
 Both have the same blocks, pictures, optimiser and discriminator, and the losses that both know: L1, codebook and
 adversarial with adaptive weight. A step is one update of the autoencoder and one of the discriminator. diffusers' loop
@@ -53,7 +53,12 @@ BLOCKS = (
 
 
 # Flags of a training.
-VARIANTS = {"plain": {}, "channels_last": {"channels_last": True}, "compiled": {"compile": True}}
+VARIANTS = {
+    "plain": {},
+    "channels_last": {"channels_last": True},
+    "compiled": {"compile": True},
+    "compiled_channels_last": {"compile": True, "channels_last": True},
+}
 
 
 def add_training_flags(parser):
@@ -128,7 +133,7 @@ def our_trainer(config, accelerator, flags, adversarial=True, **overrides):
     """What `train_pqgan.py` trains with, without its data."""
     autoencoder = PQModel.from_config(config, **overrides)
     optim = OptimisationOptions(**flags)
-    model = ReconstructionModel(prepare_model(optim, autoencoder, (autoencoder.encoder, autoencoder.decoder)))
+    model = ReconstructionModel(prepare_model(optim, autoencoder, dynamic=False))
     prepared = []
     for module in (model.train(), PatchDiscriminator())[: 1 + adversarial]:
         optimizer = adam(module, fused=True)

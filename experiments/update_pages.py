@@ -74,6 +74,7 @@ EVALUATION_TABLES = {
 }
 # Of other devices.
 TABLES |= {name: TABLES[path.stem] for name, path in RESULTS.items() if name != path.stem and path.stem in TABLES}
+TABLES |= {name: result_tables.gpu_goals for name in RESULTS if name.startswith("gpu_check_")}
 BLOCKS = (*TABLES, *SUMMARIES, *EVALUATION_TABLES)
 
 

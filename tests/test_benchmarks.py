@@ -36,6 +36,14 @@ def test_table_3_is_measured_for_each_batch_size_against_the_base_of_each_family
     assert (tmp_path / "generation_speed.png").is_file()
 
 
+def test_generation_is_measured_in_the_order_and_the_layouts_that_are_asked_for(run):
+    flags = ["--small", "--steps", 1, "--systems", "PQSD-Quick", "PQSD-HR", "--layouts", "default", "channels_last"]
+    record = run("generation_speed", *flags, written="generation_speed")
+    assert list(record["systems"]) == ["SD 2.1", "PQSD-Quick", "PQSD-HR"]
+    assert all(list(row["batches"]["1"]) == ["eager", "eager channels_last"] for row in record["systems"].values())
+    assert all("speed_ratio" in one for one in record["systems"]["PQSD-HR"]["batches"]["1"].values())
+
+
 def test_the_search_and_its_share_of_a_reconstruction_are_measured(run):
     flags = ["--small", "--sizes", 16, "--repeats", 1, "--pixels", 32, "--models", "model_cards/pqgan-f8"]
     record = run("quantizer_speed", *flags, "--batch_sizes", 1, 2, written="quantizer_speed")

@@ -60,7 +60,7 @@ def test_the_command_draws_any_models_and_pictures(tmp_path, capsys):
 
     def run(*crops):
         flags = ["--models", f"A={tmp_path / 'pq'}", f"B={tmp_path / 'pq'}", "--crop_side", "16", "--crops", *crops]
-        flags += ["--pictures", str(tmp_path / "photo.jpg"), str(tmp_path / "other.png")]
+        flags += ["--pictures", str(tmp_path / "photo.jpg"), str(tmp_path / "other.png"), "--batch_sizes", "1", "2"]
         script["main"](script["parse_args"]([*flags, "--output_dir", str(tmp_path / "out")]))
 
     run("photo=5,7")
@@ -74,6 +74,8 @@ def test_the_command_draws_any_models_and_pictures(tmp_path, capsys):
     pooled = pooled_psnr([row["psnr_per_picture"][name] for name in pixels], list(pixels.values()))
     assert row["psnr_pooled"] == pytest.approx(pooled)
     assert f"| A | {row['psnr']:.2f} | {row['psnr_pooled']:.2f} |" in capsys.readouterr().out
+    assert {(size, mode) for size, found in row["speed"].items() for mode in found} == {("1", "eager"), ("2", "eager")}
+    assert all(found["eager"]["seconds"] > 0 for found in row["speed"].values())
     with PIL.Image.open(tmp_path / "out" / "photographs.png") as figure:
         assert figure.width == 3 * 3 * 80
     for crops, message in [("photo=40,7", "photo=40,7 leaves the picture of 45 x 31"), ("cat=1,1", "names cat")]:

@@ -180,13 +180,15 @@ def calls(tree, *names):
 def test_results_are_written_by_default_only_and_never_in_small(script):
     tree = ast.parse(script.read_text())
     introduction = ast.get_docstring(tree, clean=False)
-    defaults = {node for call in calls(tree, "add_argument", "results_folder") for node in ast.walk(call)}
+    with_defaults = calls(tree, "add_argument", "results_folder", "MeasuringParser")
+    defaults = {node for call in with_defaults for node in ast.walk(call)}
     joined = {node.right for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node not in defaults and node.value != introduction:
             assert not re.search(r"(benchmarks|experiments)/results\b", str(node.value))
             assert node.value != "results" or node not in joined
     has_small = any(call.args[0].value == "--small" for call in calls(tree, "add_argument"))
+    has_small = has_small or any(calls(tree, "MeasuringParser"))
     for call in calls(tree, "results_folder"):
         assert [ast.unparse(part) for part in call.args[2:]] == (["args.small"] if has_small else [])
 

@@ -1,5 +1,6 @@
 """What the benchmarks measure with: time, memory, and names that say where."""
 
+import argparse
 import math
 import platform
 import re
@@ -9,10 +10,40 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+
+from .flags import COUNT, DTYPES, FlagParser, device, output_folder
 
 
 # How a function is run: as it is, replayed as a CUDA graph, compiled, or compiled and replayed.
 MODES = ("eager", "graphed", "compiled", "compiled_graphed")
+
+
+class MeasuringParser(FlagParser):
+    """
+    A parser with the flags that all benchmarks share; without `--modes` they are the usual ones of the device.
+
+    Args:
+        results (`str`): Folder within which each device has one for results.
+    """
+
+    def __init__(self, results: str, **options):
+        super().__init__(**options)
+        self.add_argument("--device", type=device, default="cpu", help="device to compute on, such as cuda or mps")
+        self.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the models")
+        self.add_argument(
+            "--modes", nargs="+", choices=MODES, help="how functions are run; default: eager on a CPU, all on a GPU"
+        )
+        self.add_argument("--batch_sizes", nargs="+", type=COUNT, default=[1], help="pictures at once")
+        self.add_argument("--small", action="store_true", help="take tiny networks or pictures, to try the command")
+        self.add_argument(
+            "--output_dir", type=output_folder, help=f"folder of the results; default: {results}/ and the device"
+        )
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        parsed.modes = parsed.modes or usual_modes(parsed.device)
+        return parsed
 
 
 def describe_machine(device: str) -> str:
@@ -82,6 +113,34 @@ def in_passes(modes: Sequence[str], compile: Callable[[], object]) -> Iterator[l
             yield now
 
 
+def shrunk(config: dict) -> dict:
+    """The config of an autoencoder with so few channels and layers that it runs in milliseconds, for `--small`."""
+    channels = (32,) * len(config["block_out_channels"])
+    return config | {"layers_per_block": 1, "mid_block_add_attention": False, "block_out_channels": channels}
+
+
+def random_autoencoder(kind: type[nn.Module], path: str, args: argparse.Namespace, **overrides) -> nn.Module:
+    """
+    An autoencoder with random weights, for measurements of time and memory alone.
+
+    Args:
+        kind (`type`): Its class.
+        path (`str`): Folder or Hub repository of its config.
+        args (`argparse.Namespace`): Flags of a [`MeasuringParser`].
+        overrides: What differs from the config.
+    """
+    torch.manual_seed(0)
+    config = kind.load_config(path) | overrides
+    model = kind.from_config(shrunk(config) if args.small else config)
+    return model.eval().to(args.device, getattr(torch, args.dtype))
+
+
+def compile_autoencoder(model: nn.Module):
+    """Compile encoder and decoder in place."""
+    model.encoder.compile()
+    model.decoder.compile()
+
+
 def measure_modes(
     function: Callable[[], object], modes: Sequence[str], repeats: int, device: str, at_most: float = math.inf
 ) -> dict[str, dict]:
@@ -116,7 +175,7 @@ def _measure_mode(function, is_graphed, repeats, device, at_most):
     first_seconds = time.perf_counter() - started
     if not is_graphed:
         peak = measure_peak_bytes(function, device)
-    seconds = measure_seconds(call, repeats, device, at_most=at_most)
+    seconds = measure_seconds(call, repeats, device, warm_up=0, at_most=at_most)
     return {"seconds": seconds, "first_seconds": first_seconds, "peak_gib": peak / 2**30}
 
 
@@ -142,8 +201,7 @@ def graphed(function: Callable[[], object], device: str) -> Callable[[], None]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # what is only done at first, such as choosing algorithms, is not part of the record
-                function()
+            function()  # what is only done at first, such as choosing algorithms, is not part of the record
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

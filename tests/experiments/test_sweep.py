@@ -368,21 +368,23 @@ def read_yaml(path):
 
 
 def test_the_overhead_is_the_time_of_the_quantiser_over_that_of_the_rest(tmp_path, monkeypatch):
-    def measure(function, *_, **__):
+    def measure(function, modes, *_):
         with patch.object(ProductQuantizer, "forward") as forward:
             function()
-        return 0.5 if forward.called else 2.0
+        seconds = 0.5 if forward.called else 2.0
+        return {mode: {"seconds": seconds, "first_seconds": 9.0, "peak_gib": seconds} for mode in modes}
 
     script = runpy.run_path(str(OVERHEAD))
-    script["main"].__globals__["measure_seconds"] = measure
+    script["main"].__globals__["measure_modes"] = measure
     monkeypatch.setattr(search, "COMPILE_AFTER", search.COMPILE_AFTER)
     (tmp_path / "config.json").write_text(json.dumps(tiny_config() | {"_class_name": "PQModel"}))
     flags = ["--model", tmp_path, "--latent_channels", 8, "--num_subspaces", "d/2", "--codebook_size", 16]
-    flags += ["--pixels", 32, "--output_dir", tmp_path / "out"]
+    flags += ["--pixels", 32, "--batch_sizes", 1, 2, "--modes", "eager", "compiled", "--output_dir", tmp_path / "out"]
     script["main"](script["parse_args"](list(map(str, flags))))
     record = json.loads((tmp_path / "out" / "quantisation_overhead.json").read_text())
-    expected = {"d": 8, "S": 4, "K": 16, "seconds": 2.5, "quantisation": 0.5, "overhead": 0.25}
-    assert record["configurations"] == [expected] and record["pixels"] == 32
+    found = {"seconds": 2.5, "quantisation": 0.5, "overhead": 0.25, "peak_gib": 2.0}
+    row = {"d": 8, "S": 4, "K": 16} | found | {"modes": {"eager": found, "compiled": found}}
+    assert record["configurations"] == [row | {"batch_size": size} for size in (1, 2)] and record["pixels"] == 32
     assert (tmp_path / "out" / "quantisation_overhead.png").is_file()
 
 

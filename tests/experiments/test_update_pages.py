@@ -4,6 +4,7 @@ import copy
 import re
 
 import pytest
+import result_tables
 from remarks import REMARKS
 from update_pages import BLOCK, BLOCKS, RESULTS, ROOT, pages, updated
 
@@ -131,3 +132,10 @@ def test_the_verdict_on_vector_quantisation_follows_both_starts(records):
     assert "**Vector quantisation gains with d from this start** (+1.00 dB for twice the d, -2.00 dB" in verdict(-2, 1)
     assert "does not gain with d from this start either" in verdict(-2, -1)
     assert "gains with d from both starts" in verdict(1, 2)
+
+
+def test_goals_on_a_gpu_are_rendered_with_what_was_not_measured():
+    goals = [{"what": "search (ms)", "goal": 0.15, "found": 0.1234, "verdict": "met"}]
+    goals += [{"what": "speed", "goal": 4.0, "found": None, "verdict": "not measured"}]
+    table = result_tables.gpu_goals({"date": "2026-01-01", "machine": "a card", "goals": goals})
+    assert "| search (ms) | 0.15 | 0.123 | met |" in table and "| speed | 4 | - | not measured |" in table

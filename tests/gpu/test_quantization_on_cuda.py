@@ -84,7 +84,8 @@ def test_quantising_is_one_kernel_and_the_sum_of_its_loss():
         module(latents)
         torch.cuda.synchronize()
     kernels = [event.key for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert any("_quantize_kernel" in name for name in kernels) and len(kernels) <= 4, kernels
+    # Clearing what the sum counts its blocks with may be one more.
+    assert any("_quantize_kernel" in name for name in kernels) and len(kernels) <= 3, kernels
 
 
 @torch.no_grad()

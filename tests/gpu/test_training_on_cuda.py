@@ -1,6 +1,7 @@
 """Five real training steps on CUDA in every precision and way to compute, beside the same steps in float32."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffusers_pq.training.norms import SingleGroupNorm
 
 pytestmark = pytest.mark.gpu
 CONFIGS = SCRIPTS / "accelerate_configs"
+BUNDLED_DEEPSPEED = SCRIPTS.parent / "build" / "deepspeed"  # where `make gpu-check BARE=1` installs it
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,12 @@ def test_a_gpu_takes_the_steps_of_a_cpu(plain):
     assert_steps_agree(plain, five_steps("cpu"), 2e-3, 5e-2)
 
 
+def test_fused_adam_takes_the_steps_of_the_plain_one(plain, monkeypatch):
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **options: adamw(*args, **options))
+    assert_steps_agree(plain, five_steps("cuda"), 2e-3, 5e-2)
+
+
 def test_norms_of_one_group_have_the_values_and_gradients_of_torchs():
     torch.manual_seed(0)
     norm = nn.GroupNorm(1, 32).cuda()
@@ -62,10 +70,12 @@ def test_norms_of_one_group_have_the_values_and_gradients_of_torchs():
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
-def train(folder, output, *launch_flags, script_flags=()):
+def train(folder, output, *launch_flags, script_flags=(), search_path=()):
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch_flags, SCRIPTS / "train_ldm.py"]
     flags = [*arguments(folder, output), "--max_train_steps", 5, "--learning_rate", 1e-3, "--report_to", "none"]
-    subprocess.run([*map(str, command), *map(str, flags), *script_flags], check=True, timeout=180)
+    path = os.pathsep.join([*map(str, search_path), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+    environment = os.environ | {"PYTHONPATH": path}
+    subprocess.run([*map(str, command), *map(str, flags), *script_flags], check=True, timeout=180, env=environment)
     return load_file(Path(folder, output, "unet", "diffusion_pytorch_model.safetensors"))
 
 
@@ -76,10 +86,11 @@ def plain_denoiser(workspace):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed_zero2"])
 def test_a_sharded_denoiser_learns_what_a_whole_one_does(name, workspace, plain_denoiser):  # noqa: F811
-    if name.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+    search_path = [BUNDLED_DEEPSPEED] if name.startswith("deepspeed") else []
+    if search_path and not (importlib.util.find_spec("deepspeed") or (BUNDLED_DEEPSPEED / "deepspeed").is_dir()):
         pytest.skip("DeepSpeed is not installed")
     launch = ["--config_file", CONFIGS / f"{name}.yaml", "--num_machines", 1, "--num_processes", 1]
-    found = train(workspace, name, *launch)
+    found = train(workspace, name, *launch, search_path=search_path)
     for key, expected in plain_denoiser.items():
         # Adam's steps are about as large as the learning rate: five of each bound the difference.
         assert float((found[key].float() - expected).abs().max()) <= 2 * 5 * 1e-3, key

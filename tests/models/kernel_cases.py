@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusers_pq import ProductQuantizer
-from diffusers_pq.models import fused_quantization, quantizer
+from diffusers_pq.models import fused_quantization, quantization_kernel, quantizer
 
 
 INTERPRETED = "TRITON_INTERPRET" in os.environ
@@ -66,6 +66,30 @@ def test_values_loss_and_gradients_are_those_without_the_kernel(layout):
         results.append((output.latents.detach(), output.codes, output.loss, inputs.grad, quantize.codebooks.grad))
     torch.testing.assert_close(*results, **({} if INTERPRETED else {"rtol": 1e-4, "atol": 1e-5}))
     assert results[0][0].is_contiguous(memory_format=layout)
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.grids = kernel, []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("of_codes_alone", [False, True])
+@torch.no_grad()
+def test_a_call_is_one_launch_of_the_kernel(of_codes_alone, monkeypatch):
+    counted = Counted(quantization_kernel._quantize_kernel)
+    monkeypatch.setattr(quantization_kernel, "_quantize_kernel", counted)
+    module, latents = make(8, 4, 5, shape=(2, 9, 15))
+    if of_codes_alone:
+        fused_quantization.find_codes(latents.flatten(2), module.codebooks)
+    else:
+        module(latents)
+    assert counted.grids == [(2 * 4 * 2,)], "135 pixels are two programs of each picture and subspace"
 
 
 def test_of_equally_near_entries_the_first_is_taken():

@@ -33,7 +33,7 @@ def five_steps(device, **flags):
     torch.manual_seed(0)
     autoencoder = PQModel(**tiny_config())
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(accelerator.device) * 2 - 1
-    prepare_model(optim, autoencoder, (autoencoder.encoder, autoencoder.decoder))
+    prepare_model(optim, autoencoder, dynamic=False)
     prepared = []
     for module in (ReconstructionModel(autoencoder).train(), PatchDiscriminator()):
         optimizer = build_optimizer(optim, module.parameters(), 2e-4)

@@ -100,6 +100,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResnetBlock2D", "ProductQuantizer"]
+    _repeated_blocks = ["ResnetBlock2D"]
     _keep_in_fp32_modules = ["quantizer"]
     _skip_layerwise_casting_patterns = ["quantizer"]
     _group_offload_block_modules = ["quant_conv", "quantizer", "post_quant_conv", "encoder", "decoder"]

@@ -30,7 +30,7 @@ def find_codes(latents: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
     """Codes `[B, S, P]` of `latents` `[B, d, P]`: of equally near entries of `codebooks` `[S, K, d/S]` the first."""
     from . import quantization_kernel
 
-    return quantization_kernel.run(latents, codebooks.contiguous(), codes_only=True)[1]
+    return quantization_kernel.run(latents, codebooks.contiguous(), loss_scale=None)[1]
 
 
 @find_codes.register_fake
@@ -54,8 +54,9 @@ def quantize(
     """
     from . import quantization_kernel
 
-    quantized, codes, errors = quantization_kernel.run(latents, codebooks.contiguous(), codes_only=False)
-    return quantized, codes, errors.sum() * ((1 + commitment_beta) / max(latents.numel(), 1))
+    scale = (1 + commitment_beta) / max(latents.numel(), 1)
+    quantized, codes, losses = quantization_kernel.run(latents, codebooks.contiguous(), scale)
+    return quantized, codes, losses.sum()
 
 
 @quantize.register_fake

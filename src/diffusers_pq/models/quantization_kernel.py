@@ -15,7 +15,8 @@ def _quantize_kernel(
     codebooks,
     quantized,
     codes,
-    errors,
+    losses,
+    loss_scale,
     subspaces,
     size,
     pixels,
@@ -58,34 +59,36 @@ def _quantize_kernel(
         for i in tl.static_range(DIMENSION):
             entry = tl.load(entries + nearest.to(tl.int64) * DIMENSION + i) + invalid
             tl.store(quantized + first + i * channel_stride, entry.to(quantized.dtype.element_ty), mask=inside)
-        tl.store(errors + program, tl.sum(tl.where(inside, smallest + invalid, 0.0), 0))
+        tl.store(losses + program, tl.sum(tl.where(inside, smallest + invalid, 0.0), 0) * loss_scale)
 
 
-def run(latents: torch.Tensor, codebooks: torch.Tensor, codes_only: bool) -> tuple[torch.Tensor, ...]:
+def run(latents: torch.Tensor, codebooks: torch.Tensor, loss_scale: float | None) -> tuple[torch.Tensor, ...]:
     """
     Args:
         latents (`torch.Tensor` of shape `(B, d, P)`): Any strides, any float dtype up to float32.
         codebooks (`torch.Tensor` of shape `(S, K, d/S)`): Contiguous, float32.
-        codes_only (`bool`): Write neither entries nor errors.
+        loss_scale (`float`, *optional*): What squared errors are multiplied with; `None` to write codes alone.
 
     Returns:
-        Entries with shape, strides and dtype of `latents`, codes `[B, S, P]`, and squared errors, one a program.
+        Entries with shape, strides and dtype of `latents`, codes `[B, S, P]`, and the loss, in one part a program.
     """
     batch_size, _, pixels = latents.shape
     subspaces, size, dimension = codebooks.shape
+    codes_only = loss_scale is None
     quantized = latents if codes_only else torch.empty_like(latents)
     codes = latents.new_empty((batch_size, subspaces, pixels), dtype=torch.long)
     programs = batch_size * subspaces * triton.cdiv(pixels, _PIXELS)
-    errors = latents.new_empty(programs, dtype=torch.float32)
+    losses = latents.new_empty(programs, dtype=torch.float32)
     if not programs:
-        return quantized, codes, errors
+        return quantized, codes, losses
     with torch.cuda.device_of(latents):  # Triton launches on the current device
         _quantize_kernel[(programs,)](
             latents,
             codebooks,
             quantized,
             codes,
-            errors,
+            losses,
+            loss_scale or 0.0,
             subspaces,
             size,
             pixels,
@@ -95,4 +98,4 @@ def run(latents: torch.Tensor, codebooks: torch.Tensor, codes_only: bool) -> tup
             CODES_ONLY=codes_only,
             num_warps=4,
         )
-    return quantized, codes, errors
+    return quantized, codes, losses

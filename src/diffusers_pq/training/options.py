@@ -141,7 +141,9 @@ class OptimisationOptions(Options):
     )
     allow_tf32: bool = flag(False, "let Ampere GPUs round float32 matrix products to TF32", differs="between machines")
     channels_last: bool = flag(False, "use the memory format that convolutions prefer", differs="between machines")
-    compile: bool = flag(False, "compile the model with torch.compile", differs="between machines")
+    compile: bool = flag(
+        False, "compile the blocks that the model repeats with torch.compile", differs="between machines"
+    )
     seed: int = flag(0, "seed of weights, order, crops and noise", minimum=0, maximum=2**32 - 1, fixed=True)
 
     def pictures_per_step(self, num_processes: int) -> int:

@@ -616,7 +616,7 @@ def train_pqgan(options: PQGANOptions, build: Callable[[], nn.Module] | None = N
     check_resolution("--resolution", data.resolution, downsampling_factor(autoencoder))
     if build is None and options.model.weight_init != "default" and run.checkpoint is None:
         fit_to_images(options, autoencoder, train_images)
-    model = ReconstructionModel(prepare_model(optim, autoencoder, (autoencoder.encoder, autoencoder.decoder)))
+    model = ReconstructionModel(prepare_model(optim, autoencoder, dynamic=False))
     perceptual_loss = _build_perceptual_loss(loss, options.run.dry_run)
     if perceptual_loss is not None:
         perceptual_loss.to(accelerator.device)

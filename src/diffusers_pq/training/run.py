@@ -46,6 +46,9 @@ _CARDS = (24, 40, 80)
 _USABLE = 0.92
 _DRY_RUN_STEPS = 3  # whose median time is taken
 _MOST_HELD_BACK = 256
+# What makes up most of diffusers' autoencoders and UNets.
+_REPEATED_BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")
+_MOST_SHAPES = 128
 # Flags that together make the pictures of a step, and the number of steps, which are compared instead.
 _MAKE_OTHERS = ("total_batch_size", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
 # Of an optimiser's parameter groups: what flags say. The rest is state.
@@ -526,10 +529,10 @@ def _load_train_split(data, *columns):
     return rows, sorted(random.Random(0).sample(range(len(rows)), count))
 
 
-def prepare_model(optim: OptimisationOptions, model: nn.Module, compiled: tuple[nn.Module, ...] = ()) -> nn.Module:
+def prepare_model(optim: OptimisationOptions, model: nn.Module, dynamic: bool | None = None) -> nn.Module:
     """
-    A diffusers model in training mode, with what the flags on memory and speed ask for; `--compile` is for the parts
-    in `compiled`, or for the whole model.
+    A diffusers model in training mode, with what the flags on memory and speed ask for. `dynamic` is that of
+    `torch.compile`: `False` is faster where all batches have one shape.
     """
     with_single_group_norms(model)
     if optim.gradient_checkpointing:
@@ -537,9 +540,29 @@ def prepare_model(optim: OptimisationOptions, model: nn.Module, compiled: tuple[
     if optim.channels_last:
         model.to(memory_format=torch.channels_last)
     if optim.compile:
-        for module in compiled or (model,):
-            module.compile()
+        compile_blocks(model, dynamic=dynamic)
     return model.train()
+
+
+def compile_blocks(model: nn.Module, **options) -> list[nn.Module]:
+    """
+    Compile the blocks that a model repeats, in place, and those that are alike once: on an H200 the graph of a whole
+    autoencoder with its gradients took more than a minute.
+
+    Args:
+        model (`nn.Module`): Of diffusers or of this package.
+        options: For `torch.compile`.
+
+    Returns:
+        `list[nn.Module]`: What was compiled: the blocks or, if there are none, the model.
+    """
+    names = {*_REPEATED_BLOCKS, *(getattr(model, "_repeated_blocks", None) or ())}
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    # Each shape counts as another compilation of the same code, of which torch allows few.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SHAPES)
+    for module in blocks or [model]:
+        module.compile(**options)
+    return blocks or [model]
 
 
 def share_out(rows: list[dict], accelerator: Accelerator) -> tuple[list[dict], int]:
