@@ -170,8 +170,8 @@ benchmarks: install data/debian-tiles
 # On a GPU. With BARE=1 on a machine that holds torch but reaches no registry: what `python -m benchmarks.gpu_bundle` has
 # packed is installed beside its packages, and its pictures are taken.
 ifdef BARE
-GPU_PYTHON = PYTHONPATH=$(CURDIR)/build/site$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
-GPU_READY = build/site build/deepspeed
+GPU_PYTHON = PYTHONPATH=$(CURDIR)/build/site-packages$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+GPU_READY = build/site-packages build/deepspeed
 SWEEP_DATA ?= build/data
 TRAIN_DATA ?= build/data
 else
@@ -187,7 +187,8 @@ GPU_OUTPUT = $(if $(RESULTS),--output_dir $(RESULTS))
 DEEPSPEED = $(wildcard .whl/deepspeed-*.whl)
 WHEELS = $(filter-out $(DEEPSPEED),$(wildcard .whl/*.whl))
 INSTALL_BARE = $(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --no-compile --upgrade --target
-build/site: $(WHEELS) $(shell find src pipelines -name "*.py")
+# The name tells dill, by which datasets compares functions, that these modules are installed.
+build/site-packages: $(WHEELS) $(shell find src pipelines -name "*.py")
 	$(INSTALL_BARE) $@ $(WHEELS) .
 	touch $@
 
