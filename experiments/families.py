@@ -329,7 +329,7 @@ def families_table(record):
             [
                 FAMILIES[name].title,
                 f"{runs[0]['parameters'] / 1e6:.2f}M",
-                f"{1e3 * statistics.mean(run['seconds_per_step'] for run in runs):.0f} ms",
+                f"{1e3 * statistics.median(run['seconds_per_step'] for run in runs):.0f} ms",
                 source,
                 mean_and_spread(ends, ".4f"),
                 adapted,
@@ -338,9 +338,15 @@ def families_table(record):
                 len(runs),
             ]
         )
-    latents = f"{settings['source_vae']} (d = {settings['source_channels']}) to {settings['target_vae']}"
-    where = f"`experiments/families.py`, {record['date']}, {record['machine']}; from"
-    return f"{where} {latents} (d = {settings['target_channels']}):\n\n{markdown_table(head, lines)}"
+    source, target = (
+        f"`{settings[f'{name}_vae']}` (d = {settings[f'{name}_channels']})" for name in ("source", "target")
+    )
+    where = (
+        f"`experiments/families.py`, {record['date']}, {record['machine']}; from {source}, {settings['source_steps']} "
+        f"steps, to {target}, {settings['steps']} steps, {settings['ends_steps']} of the first and last layer "
+        f"alone; {settings['train_batch_size']} pictures a step, of {settings['max_pictures']}:"
+    )
+    return f"{where}\n\n{markdown_table(head, lines)}"
 
 
 def check_steps(args):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import result_tables
 from claims import claims_table, findings_in_short, findings_table
+from families import families_table
 from latent_diffusion import markdown_tables
 from masked_generation import results_table as masked_generation_tables
 from quantizer_comparison import results_table
@@ -49,6 +50,7 @@ def sweep_table(record):
 TABLES = {
     "adaptation": result_tables.adaptation,
     "codebook_remedies": result_tables.codebook_remedies,
+    "families": families_table,
     "generation_speed": result_tables.generation_speed,
     "latent_diffusion": markdown_tables,
     "masked_generation": masked_generation_tables,
