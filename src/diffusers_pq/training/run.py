@@ -49,6 +49,7 @@ _MOST_HELD_BACK = 256
 # What makes up most of diffusers' autoencoders and UNets.
 _REPEATED_BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock")
 _MOST_SHAPES = 128
+_AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 # Flags that together make the pictures of a step, and the number of steps, which are compared instead.
 _MAKE_OTHERS = ("total_batch_size", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
 # Of an optimiser's parameter groups: what flags say. The rest is state.
@@ -82,6 +83,11 @@ def create_accelerator(
     if accelerator.state.deepspeed_plugin is not None:  # which cannot see the batch size of a loader of our own
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = optim.train_batch_size
+        precision = accelerator.mixed_precision
+        if precision in _AUTOCAST:
+            # DeepSpeed would otherwise cast the weights and refuse autocast, and latents are float32.
+            config[precision] = {"enabled": False}
+            config["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST[precision]}
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
     set_seed(optim.seed)
