@@ -136,7 +136,7 @@ def generation_speed(record):
         "decoding",
         "a picture",
         "peak memory",
-        "speed over SD 2.1",
+        "speed over the first",
         "paper",
     )
     where = f"`benchmarks/generation_speed.py`, {record['machine']}, {record['num_inference_steps']} steps a picture:"

@@ -14,6 +14,7 @@ import pandas as pd
 import result_tables
 from claims import claims_table, findings_in_short, findings_table
 from families import families_table
+from head_start import head_start_table
 from latent_diffusion import markdown_tables
 from masked_generation import results_table as masked_generation_tables
 from quantizer_comparison import results_table
@@ -52,6 +53,7 @@ TABLES = {
     "codebook_remedies": result_tables.codebook_remedies,
     "families": families_table,
     "generation_speed": result_tables.generation_speed,
+    "head_start": head_start_table,
     "latent_diffusion": markdown_tables,
     "masked_generation": masked_generation_tables,
     "model_speed": result_tables.model_speed,

@@ -91,7 +91,7 @@ def draw_samples(
             class_labels=[class_labels[number % len(class_labels)] for number in numbers],
             guidance_scale=sampling.guidance_scale,
             num_inference_steps=sampling.num_inference_steps,
-            generator=[_generator(sampling.seed, number) for number in numbers],
+            generator=[sample_generator(sampling.seed, number) for number in numbers],
             **options,
         ).images
         for number, picture in zip(numbers, pictures):
@@ -100,7 +100,7 @@ def draw_samples(
     return paths
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
+def sample_generator(seed: int, number: int) -> torch.Generator:
     # torch's generator on the CPU reads the lowest 32 bits of a seed only.
     return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32)
 
