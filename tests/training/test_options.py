@@ -106,6 +106,7 @@ MINI = {
     "pqgan-mini": ("--model_config_name_or_path", "model_cards/pqgan-mini-f8-pq"),
     "pqgan-mini-sweep": (),
     "sd-mini": ("--pretrained_model_name_or_path", "runs/sd-mini-untrained"),
+    "sd-emoji": ("--pretrained_model_name_or_path", "runs/sd-emoji-untrained"),
     "ldm-mini": ("--vae_name_or_path", "model_cards/pqgan-mini-f8-pq"),
     "masked-mini": (),
 }

@@ -94,7 +94,7 @@ def find_codes(latents: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
     """Codes `[B, S, P]` of `latents` `[B, d, P]`: of equally near entries of `codebooks` `[S, K, d/S]` the first."""
     from . import quantization_kernel
 
-    return quantization_kernel.run(latents, codebooks.contiguous(), codes_only=True)[1]
+    return quantization_kernel.run(latents, codebooks.contiguous(), loss_scale=None)[1]
 
 
 @find_codes.register_fake
@@ -118,8 +118,9 @@ def quantize(
     """
     from . import quantization_kernel
 
-    quantized, codes, errors = quantization_kernel.run(latents, codebooks.contiguous(), codes_only=False)
-    return quantized, codes, errors.sum() * ((1 + commitment_beta) / max(latents.numel(), 1))
+    scale = (1 + commitment_beta) / max(latents.numel(), 1)
+    quantized, codes, losses = quantization_kernel.run(latents, codebooks.contiguous(), scale)
+    return quantized, codes, losses.sum()
 
 
 @quantize.register_fake
@@ -736,6 +737,7 @@ class PQModel(AutoModelMixin, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResnetBlock2D", "ProductQuantizer"]
+    _repeated_blocks = ["ResnetBlock2D"]
     _keep_in_fp32_modules = ["quantizer"]
     _skip_layerwise_casting_patterns = ["quantizer"]
     _group_offload_block_modules = ["quant_conv", "quantizer", "post_quant_conv", "encoder", "decoder"]
