@@ -41,9 +41,14 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def read_logs(folder):
+    """All values in the tensorboard logs of a run."""
+    return EventAccumulator(str(folder / "logs" / "diffusers_pq"), size_guidance={"scalars": 0}).Reload()
+
+
 def read_curves(folder):
     """Steps and values of each curve; of a step that a resumed run took twice, the later one."""
-    logs = EventAccumulator(str(folder / "logs" / "diffusers_pq"), size_guidance={"scalars": 0}).Reload()
+    logs = read_logs(folder)
     if missing := set(CURVES) - set(logs.Tags()["scalars"]):
         raise ValueError(f"--runs: {folder} has no {', '.join(sorted(missing))} in its tensorboard logs.")
     curves = {name: {event.step: event.value for event in logs.Scalars(name)} for name in CURVES}

@@ -12,7 +12,6 @@ states of a caption, a fixed random vector for each word. What is measured is th
 What is measured is written at once, so an interrupted run resumes. Writes families.json.
 """
 
-import datetime
 import itertools
 import math
 import random
@@ -28,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import ModelMixin
+from run_record import add_run, is_measured, open_record
 from spread import mean_and_spread
 from tqdm import tqdm
 
@@ -36,9 +36,7 @@ from diffusers_pq.autoencoders import encode_latents, load_autoencoder, scale_la
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.conditions import caption_texts
 from diffusers_pq.data.pictures import Crops, PictureSource
-from diffusers_pq.files import read_json, write_json
 from diffusers_pq.flags import COUNT, SEED, FlagParser, number, output_folder
-from diffusers_pq.measuring import describe_machine
 from diffusers_pq.models.widening import ENDS, outer_layers
 from diffusers_pq.tables import markdown_table
 from diffusers_pq.training.noise import create_scheduler, denoising_loss, latent_shift
@@ -224,7 +222,7 @@ def load_pictures(args, split):
     if rows is None:
         raise ValueError(f"--data_dir: {args.data_dir} has no split {split!r}.")
     rows = rows.shuffle(seed=0).select(range(min(len(rows), args.max_pictures)))
-    crops = Crops("image", args.resolution, resize_mode="short_side", center_crop=True, min_image_side=1)
+    crops = Crops.middle("image", args.resolution)
     column, pictures, states = args.caption_column, [], []
     for row in rows:
         pictures.append(crops(row, random.Random(0)))
@@ -369,17 +367,13 @@ def main(args):
     settings |= {name: Path(getattr(args, name)).name for name in ("data_dir", "source_vae", "target_vae")}
     settings |= {"source_channels": source_task.latent_channels, "target_channels": target_task.latent_channels}
     settings |= {"held_out_pictures": len(held_out_pictures[0]), "noise_shift": target_task.scheduler.config.shift}
-    record = read_json(path, dict) if path.is_file() else {"settings": settings, "runs": []}
-    if record["settings"] != settings:
-        raise ValueError(f"{path} has other settings, {record['settings']}: use the same, or another --output_dir.")
+    record = open_record(path, settings)
     for seed, name in tqdm(list(itertools.product(args.seeds, args.families)), desc="families"):
         run = {"family": name, "seed": seed}
-        if any(run.items() <= done.items() for done in record["runs"]):
+        if is_measured(record, run):
             continue
-        record["runs"].append(run | measure(args, FAMILIES[name], seed, source_task, target_task))
-        record["runs"].sort(key=lambda run: (list(FAMILIES).index(run["family"]), run["seed"]))
-        record |= {"date": datetime.date.today().isoformat(), "machine": describe_machine("cpu")}
-        write_json(path, record)
+        run |= measure(args, FAMILIES[name], seed, source_task, target_task)
+        add_run(path, record, run, order=lambda run: (list(FAMILIES).index(run["family"]), run["seed"]))
     print(families_table(record))
 
 

@@ -12,25 +12,25 @@ linear classifiers on these features name. Each measurement is written at once, 
 head_start.json and head_start.png.
 """
 
-import datetime
 import itertools
 import random
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from accelerate import Accelerator
+from adaptation import read_logs
+from run_record import add_run, is_measured, open_record
 from spread import mean_and_spread
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from text_agreement import TextAgreement, cached_features, frechet_distance, picture_features
 
 from diffusers_pq import StableDiffusionPQPipeline
 from diffusers_pq.console import one_line_errors
 from diffusers_pq.data.conditions import caption_texts
 from diffusers_pq.data.pictures import PictureSource, decode_image
-from diffusers_pq.evaluation.generation import sample_generator
-from diffusers_pq.files import read_json, replacing, write_json
+from diffusers_pq.evaluation.generation import Sampling, draw_samples
+from diffusers_pq.files import replacing
 from diffusers_pq.flags import COUNT, SCALE, SEED, FlagParser, number, output_folder, parse
-from diffusers_pq.images import load_image, save_image
-from diffusers_pq.measuring import describe_machine
+from diffusers_pq.images import load_image
 from diffusers_pq.tables import markdown_table
 from diffusers_pq.training.stable_diffusion import AdaptationOptions, adapt_stable_diffusion
 
@@ -111,29 +111,7 @@ def train(args, folder, start, seed, step):
 
 
 def held_out_loss(folder, step):
-    logs = EventAccumulator(str(folder / "logs" / "diffusers_pq"), size_guidance={"scalars": 0}).Reload()
-    return {event.step: event.value for event in logs.Scalars("validation/loss")}[step]
-
-
-def sample(args, pipeline, captions, folder):
-    """Files of the captions' pictures; batches that are there already are left alone."""
-    pipeline.set_progress_bar_config(disable=True)
-    paths = [folder / f"{position:06d}.png" for position in range(len(captions))]
-    for start in range(0, len(paths), BATCH_SIZE):
-        positions = range(start, min(start + BATCH_SIZE, len(paths)))
-        if all(paths[position].is_file() for position in positions):
-            continue
-        pictures = pipeline(
-            [captions[position] for position in positions],
-            height=args.resolution,
-            width=args.resolution,
-            guidance_scale=args.guidance_scale,
-            num_inference_steps=args.num_inference_steps,
-            generator=[sample_generator(0, position) for position in positions],
-        ).images
-        for position, picture in zip(positions, pictures):
-            save_image(picture, paths[position])
-    return paths
+    return {event.step: event.value for event in read_logs(folder).Scalars("validation/loss")}[step]
 
 
 def held_out_rows(args):
@@ -153,7 +131,10 @@ def training_pictures(args):
 def measure(args, folder, step, rows, references, agreement):
     pipeline = StableDiffusionPQPipeline.from_pretrained(folder)
     captions = [caption_texts(value, "text")[0] for value in rows["text"]]
-    paths = sample(args, pipeline, captions, folder / "samples" / str(step))
+    sampling = Sampling(len(captions), args.guidance_scale, args.num_inference_steps, 0, BATCH_SIZE)
+    size = {"height": args.resolution, "width": args.resolution}
+    samples = folder / "samples" / str(step)
+    paths = draw_samples(Accelerator(cpu=True), pipeline, captions, samples, sampling, condition="prompt", **size)
     features = picture_features([load_image(path) for path in paths])
     return {
         "loss": held_out_loss(folder, step),
@@ -209,22 +190,18 @@ def main(args):
     names = ("resolution", "learning_rate", "checkpoints", "num_samples", "num_inference_steps", "guidance_scale")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"data_dir": args.data_dir.name, "source": args.source.name, "vae": Path(args.vae).name}
-    record = read_json(path, dict) if path.is_file() else {"settings": settings, "runs": []}
-    if record["settings"] != settings:
-        raise ValueError(f"{path} has other settings, {record['settings']}: use the same, or another --output_dir.")
+    record = open_record(path, settings)
     (references, agreement), rows = training_pictures(args), held_out_rows(args)
     held_out = picture_features([decode_image(value) for value in rows["image"]])
     record["held_out_pictures"] = agreement.accuracy(held_out, {name: rows[name] for name in COLUMNS})
     record["held_out_pictures"]["frechet_distance"] = frechet_distance(held_out, references)
     for step, seed, start in itertools.product(args.checkpoints, args.seeds, args.starts):
         combination = {"start": start, "seed": seed, "step": step}
-        if any(combination.items() <= run.items() for run in record["runs"]):
+        if is_measured(record, combination):
             continue
         folder = args.runs_dir / f"{start}-{seed}".replace(", ", "-").replace(" ", "-")
         train(args, folder, start, seed, step)
-        record["runs"].append(combination | measure(args, folder, step, rows, references, agreement))
-        record |= {"date": datetime.date.today().isoformat(), "machine": describe_machine("cpu")}
-        write_json(path, record)
+        add_run(path, record, combination | measure(args, folder, step, rows, references, agreement))
     with replacing(args.output_dir / "head_start.png") as unfinished:
         plot(record, unfinished)
     print(head_start_table(record))

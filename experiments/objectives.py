@@ -12,13 +12,13 @@ Trainings are kept in `--runs_dir` and each measurement is written at once, so a
 objectives.json.
 """
 
-import datetime
 import itertools
 import random
 from pathlib import Path
 
 from accelerate import Accelerator
 from latent_diffusion import denoise_held_out, held_out_pictures
+from run_record import add_run, is_measured, open_record
 from spread import mean_and_spread
 from torchmetrics import MetricCollection
 
@@ -29,7 +29,6 @@ from diffusers_pq.evaluation.data import EvaluationData
 from diffusers_pq.evaluation.generation import Sampling, add_references, draw_samples, measure_samples
 from diffusers_pq.files import read_json, write_json
 from diffusers_pq.flags import COUNT, SEED, FlagParser, number, output_folder
-from diffusers_pq.measuring import describe_machine
 from diffusers_pq.metrics import load_fd_efficientnet_lite0
 from diffusers_pq.tables import markdown_table
 from diffusers_pq.training.latent_diffusion import LatentDiffusionOptions, train_latent_diffusion
@@ -168,19 +167,15 @@ def main(args):
     settings = {"snr": args.snr, "steps": args.steps, "num_samples": args.num_samples}
     settings |= {"num_inference_steps": args.num_inference_steps, "resolution": args.resolution}
     settings |= {"data_dir": args.data_dir.name, "vae": Path(args.vae).name}
-    record = read_json(path, dict) if path.is_file() else {"settings": settings, "runs": []}
-    if record["settings"] != settings:
-        raise ValueError(f"{path} has other settings, {record['settings']}: use the same, or another --output_dir.")
+    record = open_record(path, settings)
     for values in itertools.product(args.objectives, args.widths, args.shifts, args.seeds):
         combination = dict(zip((*COLUMNS, "seed"), values))
-        if any(combination.items() <= run.items() for run in record["runs"]):
+        if is_measured(record, combination):
             continue
         folder = args.runs_dir / "-".join(str(value).replace(", ", "-") for value in values)
         train(args, folder, combination)
-        record["runs"].append(combination | measure(args, folder))
-        record["runs"].sort(key=lambda run: [str(run[column]) for column in (*COLUMNS, "seed")])
-        record |= {"date": datetime.date.today().isoformat(), "machine": describe_machine("cpu")}
-        write_json(path, record)
+        run = combination | measure(args, folder)
+        add_run(path, record, run, order=lambda run: [str(run[column]) for column in (*COLUMNS, "seed")])
     print(objectives_table(record))
 
 

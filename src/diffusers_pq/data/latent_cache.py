@@ -42,8 +42,9 @@ def unpack_codes(packed: bytes, shape: tuple[int, ...], codebook_size: int) -> t
     bits, count = bits_per_code(codebook_size), math.prod(shape)
     flat = torch.from_numpy(np.unpackbits(np.frombuffer(packed, np.uint8), count=count * bits)).view(count, bits)
     codes = (flat.long() << torch.arange(bits)).sum(-1).view(shape)
-    if int(codes.max()) >= codebook_size:
-        raise ValueError(f"Packed codes are damaged: one is {int(codes.max())}, but K is {codebook_size}.")
+    largest = int(codes.max())
+    if largest >= codebook_size:
+        raise ValueError(f"Packed codes are damaged: one is {largest}, but K is {codebook_size}.")
     return codes
 
 

@@ -59,10 +59,11 @@ class Sampling:
 
 def draw_samples(
     accelerator: Accelerator,
-    pipeline: LatentDiffusionPQPipeline | MaskedPQPipeline,
-    class_labels: Sequence[int | str],
+    pipeline: DiffusionPipeline,
+    conditions: Sequence[int | str],
     folder: str | os.PathLike,
     sampling: Sampling,
+    condition: str = "class_labels",
     **options,
 ) -> list[Path]:
     """
@@ -71,10 +72,11 @@ def draw_samples(
 
     Args:
         accelerator (`Accelerator`)
-        pipeline ([`LatentDiffusionPQPipeline`] or [`MaskedPQPipeline`]): On the accelerator's device.
-        class_labels (sequence of `int` or `str`): Of the first samples, and again from the beginning.
+        pipeline ([`~diffusers.DiffusionPipeline`]): On the accelerator's device.
+        conditions (sequence of `int` or `str`): Of the first samples, and again from the beginning.
         folder (`str` or `os.PathLike`)
         sampling ([`Sampling`])
+        condition (`str`): What the pipeline calls them.
         options: Further arguments of the pipeline.
 
     Returns:
@@ -88,10 +90,10 @@ def draw_samples(
         if all(paths[number].is_file() for number in numbers):
             continue
         pictures = pipeline(
-            class_labels=[class_labels[number % len(class_labels)] for number in numbers],
             guidance_scale=sampling.guidance_scale,
             num_inference_steps=sampling.num_inference_steps,
-            generator=[sample_generator(sampling.seed, number) for number in numbers],
+            generator=[_generator(sampling.seed, number) for number in numbers],
+            **{condition: [conditions[number % len(conditions)] for number in numbers]},
             **options,
         ).images
         for number, picture in zip(numbers, pictures):
@@ -100,7 +102,7 @@ def draw_samples(
     return paths
 
 
-def sample_generator(seed: int, number: int) -> torch.Generator:
+def _generator(seed: int, number: int) -> torch.Generator:
     # torch's generator on the CPU reads the lowest 32 bits of a seed only.
     return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**32)
 
